@@ -1,0 +1,190 @@
+"""Strict config models: an unknown key is refused, every error is reported at once, in the user's words.
+
+Plugins derive their options from `AdapterConfig`, `QuantizationConfig` or `PluginConfig`:
+
+    class RankOneConfig(AdapterConfig):
+        type: str = "rank-one"
+        scale: PositiveFloat = 1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import Self
+
+from .errors import ConfigError, Problem
+from .suggest import did_you_mean
+
+_UNKNOWN_KEY = "hyperion_unknown_key"
+_PROBLEM = "hyperion_problem"
+
+
+class StrictModel(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and does not coerce types.
+
+    Raises:
+        ConfigError: on construction, with every problem at once.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(problems_of(error), source=type(self).__name__) from error
+
+    # pydantic would call an overridden __init__ for nested models too, and the ConfigError it raises would hide
+    # the other fields' errors; this mark, which pydantic's own __init__ bears, keeps validation in the core.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:
+        """What is wrong between keys, whatever is wrong with each of them. `data` is as the user gave it."""
+        return []
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Keys that this model takes."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str = "") -> Self:
+        """Validate plain data.
+
+        Raises:
+            ConfigError: with every problem at once.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(problems_of(error), source=source or cls.__name__) from error
+
+    def given(self) -> dict[str, Any]:
+        """The keys that the user set, and their values."""
+        return {name: getattr(self, name) for name in self.model_fields if name in self.model_fields_set}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _collect(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
+        lines: list[InitErrorDetails] = []
+        result = None
+        try:
+            result = handler(data)
+        except ValidationError as error:
+            lines = [cls._in_our_words(line) for line in error.errors(include_url=False)]
+        if isinstance(data, Mapping):
+            lines += [as_line_error(problem, data) for problem in cls.contradictions(data)]
+        if lines:
+            raise ValidationError.from_exception_data(cls.__name__, lines)
+        assert result is not None
+        return result
+
+    @classmethod
+    def _in_our_words(cls, line: Any) -> InitErrorDetails:
+        kind: Any = line["type"]
+        if kind == "extra_forbidden" and len(line["loc"]) == 1:
+            fix = did_you_mean(str(line["loc"][0]), cls.keys())
+            kind = PydanticCustomError(_UNKNOWN_KEY, "unknown key", {"what": "unknown key", "why": "", "fix": fix})
+        elif kind in (_UNKNOWN_KEY, _PROBLEM):
+            kind = PydanticCustomError(kind, line["msg"].replace("{", "{{"), line["ctx"])
+        details: InitErrorDetails = {"type": kind, "loc": tuple(line["loc"]), "input": line["input"]}
+        if isinstance(kind, str) and "ctx" in line:
+            details["ctx"] = line["ctx"]
+        return details
+
+
+def as_line_error(problem: Problem, data: Any) -> InitErrorDetails:
+    """A problem as one of pydantic's line errors, so that it is reported beside the others."""
+    context = {"what": problem.what, "why": problem.why, "fix": problem.fix}
+    error = PydanticCustomError(_PROBLEM, "refused", context)
+    loc = tuple(int(part) if part.isdigit() else part for part in problem.path.split(".") if part)
+    return {"type": error, "loc": loc, "input": data}
+
+
+def raise_problems(problems: list[Problem]) -> None:
+    """Inside a pydantic validator: refuse with these problems, paths relative to the validated value."""
+    if problems:
+        raise ValidationError.from_exception_data("config", [as_line_error(problem, None) for problem in problems])
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """What pydantic found, in the user's words."""
+    found = []
+    for line in error.errors(include_url=False):
+        path = ".".join(str(part) for part in line["loc"] if not _is_union_branch(part))
+        context = line.get("ctx", {})
+        if line["type"] == _UNKNOWN_KEY:
+            found.append(Problem(path, f'unknown key "{line["loc"][-1]}"', fix=context["fix"]))
+        elif line["type"] == _PROBLEM:
+            found.append(Problem(path, context["what"], context["why"], context["fix"]))
+        elif line["type"] == "missing":
+            found.append(Problem(path, f'"{line["loc"][-1]}" is missing', fix="add it"))
+        else:
+            message = line["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            found.append(Problem(path, f"{_shown(line['input'])} is refused", why=_lower_first(message)))
+    return _one_for_each_path(found)
+
+
+def _is_union_branch(part: int | str) -> bool:
+    # pydantic puts the branch of a union into the path: "str", "list[str]", "function-wrap[...]"
+    return isinstance(part, str) and (part in {"str", "int", "float", "bool", "dict"} or "[" in part)
+
+
+def _one_for_each_path(problems: list[Problem]) -> list[Problem]:
+    """The branches of a union fail each on their own: one problem that gives all the reasons."""
+    merged: dict[tuple[str, str], Problem] = {}
+    for problem in problems:
+        key = (problem.path, problem.what)
+        if key in merged and problem.why and problem.why not in merged[key].why:
+            old = merged[key]
+            problem = Problem(old.path, old.what, f"{old.why}; or {problem.why}", old.fix)
+        merged[key] = problem
+    return list(merged.values())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+class PluginConfig(StrictModel):
+    """Options of a plugin. `type` names the plugin: "lora", or "acme-lora:lora" where two distributions have one."""
+
+    type: str = Field("", description='The plugin\'s name, or "distribution:name".')
+
+
+class AdapterConfig(PluginConfig):
+    """Options that every adapter has."""
+
+
+class QuantizationConfig(StrictModel):
+    """Options that every quantizer has; a method's own options live in its plugin's model, derived from this one.
+
+    Example: `QuantizationConfig(bits=4, group_size=128, double_quant=True)`.
+    """
+
+    method: str | None = Field(None, description="The quantizer's name; None takes the only one installed.")
+    bits: PositiveInt = Field(4, le=16, description="Bits a weight.")
+    group_size: PositiveInt | None = Field(None, description="Weights that share a scale; None is the method's own.")
+    double_quant: bool | None = Field(None, description="Quantize the scales too; None is the method's own default.")
+
+    #: Keys that mean something to this method; a plugin that has no such notion leaves a key out.
+    understood: ClassVar[frozenset[str]] = frozenset({"method", "bits", "group_size", "double_quant"})
+
+    @classmethod
+    def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:
+        shared = set(QuantizationConfig.model_fields)
+        return [
+            Problem(key, f'"{key}" means nothing to this method', fix="leave it out")
+            for key in data
+            if key in shared and key not in cls.understood and data[key] is not None
+        ]

@@ -1,0 +1,129 @@
+"""What is installed, read from metadata alone: nothing of a plugin is imported here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from . import __version__
+from .kinds import EXPORTS_GROUP, KINDS
+
+CORE = "hyperion-core"
+
+
+@dataclass(frozen=True, slots=True)
+class PluginEntry:
+    """One entry point of one distribution.
+
+    `origin` says where the distribution came from: "index", "local folder", "editable", or a URL.
+    `contract` is what it asks of hyperion-core (a version range, "" for any), None when it does not say.
+    `target` is a class given in process, without a distribution behind it.
+    """
+
+    kind: str
+    name: str
+    value: str
+    distribution: str
+    version: str
+    origin: str
+    contract: str | None = ""
+    missing: tuple[str, ...] = ()
+    entry_point: importlib.metadata.EntryPoint | None = None
+    target: type | None = None
+
+    @property
+    def qualified(self) -> str:
+        """The name that is unique where two distributions offer the same one."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
+    def whose(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+    def fits_contract(self) -> bool:
+        """Whether this hyperion-core is one that the plugin was built for."""
+        return self.contract is not None and Requirement(f"{CORE}{self.contract}").specifier.contains(
+            __version__, prereleases=True
+        )
+
+
+def installed_plugins(path: list[str] | None = None) -> list[PluginEntry]:
+    """Every entry point of every kind, over all distributions (on `path`, or `sys.path`), in a stable order."""
+    kinds = {kind.group: kind.kind for kind in KINDS} | {EXPORTS_GROUP: "export"}
+    distributions = importlib.metadata.distributions(path=path) if path else importlib.metadata.distributions()
+    found: list[PluginEntry] = []
+    seen: set[str] = set()
+    for distribution in distributions:
+        text = distribution.read_text("entry_points.txt") or ""
+        if "hyperion." not in text:
+            continue
+        name = distribution.metadata["Name"]
+        if canonicalize_name(name) in seen:  # an older copy further down the path, which Python never imports
+            continue
+        seen.add(canonicalize_name(name))
+        requirements = list(_requirements(distribution))
+        for entry_point in distribution.entry_points:
+            if entry_point.group in kinds:
+                found.append(
+                    PluginEntry(
+                        kind=kinds[entry_point.group],
+                        name=entry_point.name,
+                        value=entry_point.value,
+                        distribution=canonicalize_name(name),
+                        version=distribution.version,
+                        origin=_origin(distribution),
+                        contract=_contract(requirements),
+                        missing=tuple(_missing(requirements)),
+                        entry_point=entry_point,
+                    )
+                )
+    return sorted(found, key=lambda entry: (entry.kind, entry.name, entry.distribution))
+
+
+def _requirements(distribution: importlib.metadata.Distribution) -> Iterable[Requirement]:
+    for text in distribution.requires or []:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue  # pip refuses to install such metadata; one found on a path must not stop the others
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement
+
+
+def _contract(requirements: list[Requirement]) -> str | None:
+    for requirement in requirements:
+        if canonicalize_name(requirement.name) == CORE:
+            return str(requirement.specifier)
+    return None
+
+
+def _missing(requirements: list[Requirement]) -> Iterable[str]:
+    for requirement in requirements:
+        if canonicalize_name(requirement.name) == CORE:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield str(requirement)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield f"{requirement} ({version} is installed)"
+
+
+def _origin(distribution: importlib.metadata.Distribution) -> str:
+    try:
+        direct = json.loads(distribution.read_text("direct_url.json") or "null")
+    except ValueError:
+        direct = None
+    if not isinstance(direct, dict):
+        return "index"
+    if "dir_info" in direct:
+        # The folder itself stays out: plans and model cards are published, paths of a machine are nobody's business.
+        return "editable" if direct["dir_info"].get("editable") else "local folder"
+    commit = direct.get("vcs_info", {}).get("commit_id")
+    return str(direct.get("url", "")) + (f"@{commit}" if commit else "")

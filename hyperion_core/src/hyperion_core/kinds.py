@@ -1,0 +1,167 @@
+"""One base class per kind of plugin. A plugin inherits one, names its config model, and writes its hooks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from . import specs
+from .config import AdapterConfig, PluginConfig, QuantizationConfig
+from .facts import Capabilities, Provides
+
+
+class Plugin:
+    """Base of every plugin. An instance is made without arguments, once a run, and must be cheap to make.
+
+    `config_class` is the strict model of the plugin's own options; it lives in the plugin's light module.
+    """
+
+    kind: ClassVar[str]
+    group: ClassVar[str]
+    prefix: ClassVar[str]
+    hooks: ClassVar[type]
+    config_class: ClassVar[type[PluginConfig]] = PluginConfig
+
+    @classmethod
+    def required(cls) -> tuple[str, ...]:
+        """Names of the hooks that this plugin must have."""
+        return specs.required_hooks(cls.hooks)
+
+
+class Adapter(Plugin):
+    """Trainable parameters on a frozen base."""
+
+    kind = "adapter"
+    group = "hyperion.adapters"
+    prefix = "adapter_"
+    hooks = specs.AdapterSpecs
+    config_class: ClassVar[type[PluginConfig]] = AdapterConfig
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @classmethod
+    def required(cls) -> tuple[str, ...]:
+        declared = {
+            "adapter_route": cls.capabilities.per_token,
+            "adapter_merge_weight": cls.capabilities.mergeable,
+            "adapter_combine": cls.capabilities.combinable,
+        }
+        return (*super().required(), *(hook for hook, wanted in declared.items() if wanted))
+
+
+class Quantizer(Plugin):
+    """Weights held in fewer bits."""
+
+    kind = "quantizer"
+    group = "hyperion.quantizers"
+    prefix = "quantizer_"
+    hooks = specs.QuantizerSpecs
+    config_class: ClassVar[type[PluginConfig]] = QuantizationConfig
+    provides: ClassVar[Provides] = Provides()
+
+    @classmethod
+    def required(cls) -> tuple[str, ...]:
+        return (*super().required(), *(["quantizer_dequantize"] if cls.provides.dequantize else []))
+
+
+class Scheduler(Plugin):
+    """The learning rate over time."""
+
+    kind = "scheduler"
+    group = "hyperion.schedulers"
+    prefix = "scheduler_"
+    hooks = specs.SchedulerSpecs
+
+
+class Curriculum(Plugin):
+    """The order of the data."""
+
+    kind = "curriculum"
+    group = "hyperion.curricula"
+    prefix = "curriculum_"
+    hooks = specs.CurriculumSpecs
+
+
+class Objective(Plugin):
+    """What is learnt from a row."""
+
+    kind = "objective"
+    group = "hyperion.objectives"
+    prefix = "objective_"
+    hooks = specs.ObjectiveSpecs
+
+
+class Strategy(Plugin):
+    """One run on many devices."""
+
+    kind = "strategy"
+    group = "hyperion.strategies"
+    prefix = "strategy_"
+    hooks = specs.StrategySpecs
+
+
+class DeployTarget(Plugin):
+    """Where a packaged model goes."""
+
+    kind = "deploy-target"
+    group = "hyperion.deploy_targets"
+    prefix = "deploy_"
+    hooks = specs.DeploySpecs
+
+
+class Benchmark(Plugin):
+    """How good a model is."""
+
+    kind = "benchmark"
+    group = "hyperion.benchmarks"
+    prefix = "benchmark_"
+    hooks = specs.BenchmarkSpecs
+
+
+class Tracker(Plugin):
+    """Where a run's figures go."""
+
+    kind = "tracker"
+    group = "hyperion.trackers"
+    prefix = "tracker_"
+    hooks = specs.TrackerSpecs
+
+
+class Safeguard(Plugin):
+    """What is let through."""
+
+    kind = "safeguard"
+    group = "hyperion.safeguards"
+    prefix = "guard_"
+    hooks = specs.GuardSpecs
+
+
+class Observer(Plugin):
+    """The life of a run, watched."""
+
+    kind = "observer"
+    group = "hyperion.observers"
+    prefix = "run_"
+    hooks = specs.RunSpecs
+
+
+KINDS: tuple[type[Plugin], ...] = (
+    Adapter,
+    Quantizer,
+    Scheduler,
+    Curriculum,
+    Objective,
+    Strategy,
+    DeployTarget,
+    Benchmark,
+    Tracker,
+    Safeguard,
+    Observer,
+)
+EXPORTS_GROUP = "hyperion.exports"
+
+
+def kind_named(name: str) -> type[Plugin]:
+    """The base class of a kind, by its name ("adapter")."""
+    for kind in KINDS:
+        if kind.kind == name:
+            return kind
+    raise KeyError(f"no kind of plugin is called {name!r}; there are: {', '.join(k.kind for k in KINDS)}")

@@ -1,0 +1,227 @@
+"""Which plugin is meant: found in metadata, settled before any import, then loaded alone.
+
+Two distributions that offer one name, a plugin built for another contract, a missing requirement: all are found
+without importing anything. A broken plugin that nobody asked for is never imported, so it breaks nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+from stevedore.driver import DriverManager
+
+from . import __version__
+from .distributions import CORE, PluginEntry, installed_plugins
+from .errors import (
+    PluginConflictError,
+    PluginContractError,
+    PluginError,
+    PluginLoadError,
+    PluginNotFoundError,
+    PluginRequirementError,
+)
+from .hooks import check_hooks
+from .kinds import Plugin, kind_named
+from .suggest import closest
+
+
+class Registry:
+    """An index of plugins, by kind and name."""
+
+    def __init__(self, entries: Iterable[PluginEntry] = ()) -> None:
+        self._entries = list(entries)
+        self._loaded: dict[PluginEntry, Any] = {}
+
+    @classmethod
+    def discover(cls, path: list[str] | None = None) -> Registry:
+        """What is installed now."""
+        return cls(installed_plugins(path))
+
+    def add(self, plugin: type[Plugin], name: str, *, distribution: str = "in-process", version: str = "0") -> None:
+        """Register a class that no distribution carries: for notebooks and tests.
+
+        Raises:
+            PluginHookError: its hooks do not fit the contract.
+        """
+        entry = PluginEntry(
+            plugin.kind, name, f"{plugin.__module__}:{plugin.__qualname__}", distribution, version, "in process",
+            target=plugin,
+        )  # fmt: skip
+        check_hooks(plugin, entry)
+        self._entries.append(entry)
+
+    def entries(self, kind: str | None = None) -> list[PluginEntry]:
+        """What is there, broken or not."""
+        return [entry for entry in self._entries if kind is None or entry.kind == kind]
+
+    def find(self, kind: str, name: str) -> PluginEntry:
+        """The one entry that `name` ("lora", or "acme-lora:lora") means, checked by its metadata alone.
+
+        Raises:
+            PluginNotFoundError, PluginConflictError, PluginContractError, PluginRequirementError
+        """
+        entry = self._only_one(kind, name)
+        self._check_metadata(entry)
+        return entry
+
+    def load(self, kind: str, name: str) -> type[Plugin]:
+        """The plugin's class: imports its module, and no other plugin's.
+
+        Raises:
+            PluginError: as `find`, and PluginLoadError or PluginHookError.
+        """
+        entry = self.find(kind, name)
+        plugin = self._import(entry)
+        base = kind_named(kind)
+        if not (isinstance(plugin, type) and issubclass(plugin, base)):
+            raise PluginLoadError(
+                f'the {kind} "{name}" of {entry.whose} is no {kind}: {entry.value} is {_described(plugin)}',
+                why=f"an entry point of {base.group} must be a class derived from hyperion_core.kinds.{base.__name__}",
+                fix=f"tell the authors of {entry.distribution}",
+            )
+        check_hooks(plugin, entry)
+        return plugin
+
+    def exported(self, name: str) -> Any:
+        """A public name that lives in a plugin, for `from hyperion import NAME`.
+
+        Raises:
+            PluginError: nobody offers it, several do, or its module is broken.
+        """
+        return self._import(self.find("export", name))
+
+    def state(self, entry: PluginEntry) -> str:
+        """ "ok", or what `find` would say of it, in a word. Imports nothing."""
+        if len([other for other in self._same_name(entry.kind, entry.name)]) > 1:
+            return "conflict"
+        try:
+            self._check_metadata(entry)
+        except PluginContractError:
+            return "wrong contract"
+        except PluginRequirementError:
+            return "missing requirement"
+        return "ok"
+
+    def _same_name(self, kind: str, name: str) -> list[PluginEntry]:
+        return [entry for entry in self._entries if entry.kind == kind and name in (entry.name, entry.qualified)]
+
+    def _only_one(self, kind: str, name: str) -> PluginEntry:
+        found = self._same_name(kind, name)
+        if not found:
+            raise self._not_found(kind, name)
+        if len(found) > 1:
+            raise PluginConflictError(
+                f'{len(found)} distributions offer the {kind} "{name}": '
+                + " and ".join(entry.whose for entry in found),
+                why="a plugin is chosen by its name, so a name must have one owner",
+                fix="say whose you mean: " + " or ".join(f'"{entry.qualified}"' for entry in found),
+            )
+        return found[0]
+
+    def _not_found(self, kind: str, name: str) -> PluginNotFoundError:
+        names = sorted({entry.name for entry in self._entries if entry.kind == kind})
+        near = closest(name, names)
+        if near:
+            fix = f'did you mean "{near}"?'
+        elif ":" in name:
+            fix = f"python -m pip install {name.partition(':')[0]}"
+        else:
+            fix = f'python -m pip install "hyperion-ft[{name}]", or the distribution of its authors'
+        return PluginNotFoundError(
+            f'no installed distribution has a {kind} called "{name}"',
+            why=f"installed: {', '.join(names)}" if names else f"no {kind} is installed at all",
+            fix=fix,
+        )
+
+    def _check_metadata(self, entry: PluginEntry) -> None:
+        if not entry.fits_contract():
+            raise PluginContractError(
+                f'the {entry.kind} "{entry.name}" of {entry.whose} was built for another contract',
+                why=f"it asks for {CORE}{entry.contract}, and {CORE} {__version__} is installed"
+                if entry.contract is not None
+                else f"its metadata does not say which {CORE} it was built for",
+                fix=f"python -m pip install --upgrade {entry.distribution}"
+                if entry.contract is not None
+                else f'its authors must add "{CORE}>={__version__.split(".")[0]}" to its dependencies',
+            )
+        if entry.missing:
+            raise PluginRequirementError(
+                f'the {entry.kind} "{entry.name}" of {entry.whose} lacks a requirement',
+                why=f"it requires {', '.join(entry.missing)}",
+                fix=_install_command(entry.missing),
+            )
+
+    def _import(self, entry: PluginEntry) -> Any:
+        if entry.target is not None:
+            return entry.target
+        if entry not in self._loaded:
+            try:
+                self._loaded[entry] = _OneDriver(entry).driver
+            except PluginError:
+                raise
+            except Exception as error:
+                raise _load_error(entry, error) from error
+        return self._loaded[entry]
+
+
+class _OneDriver(DriverManager):
+    """stevedore's driver loading, given the one entry point that the index has settled on.
+
+    stevedore itself would import every duplicate before it complains.
+    """
+
+    def __init__(self, entry: PluginEntry) -> None:
+        assert entry.entry_point is not None
+        self._winner: importlib.metadata.EntryPoint = entry.entry_point
+        super().__init__(entry.entry_point.group, entry.name, on_load_failure_callback=_reraise)
+
+    def list_entry_points(self) -> list[importlib.metadata.EntryPoint]:
+        return [self._winner]
+
+
+def _reraise(manager: Any, entry_point: importlib.metadata.EntryPoint, error: BaseException) -> None:
+    raise error
+
+
+def _load_error(entry: PluginEntry, error: Exception) -> PluginError:
+    missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    own = entry.value.partition(":")[0].partition(".")[0]
+    if missing and missing.partition(".")[0] != own:
+        return PluginRequirementError(
+            f'the {entry.kind} "{entry.name}" of {entry.whose} needs the module "{missing}"',
+            why="it is not installed, and the plugin's metadata does not ask for it",
+            fix=f"python -m pip install {missing.partition('.')[0]}, and tell the authors of {entry.distribution}",
+        )
+    return PluginLoadError(
+        f'the {entry.kind} "{entry.name}" of {entry.whose} is broken',
+        why=f"importing {entry.value} raised {type(error).__name__}: {error}",
+        fix=f"python -m pip install --force-reinstall {entry.distribution}, or choose another {entry.kind}",
+    )
+
+
+def _install_command(missing: tuple[str, ...]) -> str:
+    return "python -m pip install " + " ".join(f'"{text.partition(" (")[0]}"' for text in missing)
+
+
+def _described(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+_current: Registry | None = None
+
+
+def registry() -> Registry:
+    """The registry in use: what is installed, indexed once a process, unless a test set another."""
+    global _current
+    if _current is None:
+        _current = Registry.discover()
+    return _current
+
+
+def use(chosen: Registry | None) -> Registry | None:
+    """Make `chosen` the registry in use (None: discover anew at the next call); gives the one before."""
+    global _current
+    before, _current = _current, chosen
+    return before
