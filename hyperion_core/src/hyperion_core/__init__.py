@@ -2,6 +2,6 @@
 
 __version__ = "1.0.0"
 
-from .specs import hookimpl as hookimpl  # noqa: E402 - the version is read by modules below
+from .specs import hookimpl as hookimpl  # below the version, which its modules read
 
 __all__ = ["__version__", "hookimpl"]

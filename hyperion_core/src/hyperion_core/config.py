@@ -10,10 +10,11 @@ Plugins derive their options from `AdapterConfig`, `QuantizationConfig` or `Plug
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
 from typing_extensions import Self
 
 from .errors import ConfigError, Problem
@@ -21,6 +22,7 @@ from .suggest import did_you_mean
 
 _UNKNOWN_KEY = "hyperion_unknown_key"
 _PROBLEM = "hyperion_problem"
+_PYDANTIC_KINDS = frozenset(get_args(ErrorType))
 
 
 class StrictModel(BaseModel):
@@ -78,7 +80,10 @@ class StrictModel(BaseModel):
         except ValidationError as error:
             lines = [cls._in_our_words(line) for line in error.errors(include_url=False)]
         if isinstance(data, Mapping):
-            lines += [as_line_error(problem, data) for problem in cls.contradictions(data)]
+            found = cls.contradictions(data)
+            explained = {(problem.path,) for problem in found}
+            lines = [line for line in lines if not (_is_unknown_key(line) and line["loc"] in explained)]
+            lines += [as_line_error(problem, data) for problem in found]
         if lines:
             raise ValidationError.from_exception_data(cls.__name__, lines)
         assert result is not None
@@ -90,12 +95,16 @@ class StrictModel(BaseModel):
         if kind == "extra_forbidden" and len(line["loc"]) == 1:
             fix = did_you_mean(str(line["loc"][0]), cls.keys())
             kind = PydanticCustomError(_UNKNOWN_KEY, "unknown key", {"what": "unknown key", "why": "", "fix": fix})
-        elif kind in (_UNKNOWN_KEY, _PROBLEM):
-            kind = PydanticCustomError(kind, line["msg"].replace("{", "{{"), line["ctx"])
+        elif kind not in _PYDANTIC_KINDS:  # one of ours, or one that a plugin's own validator raised
+            kind = PydanticCustomError(kind, line["msg"], line.get("ctx"))
         details: InitErrorDetails = {"type": kind, "loc": tuple(line["loc"]), "input": line["input"]}
         if isinstance(kind, str) and "ctx" in line:
             details["ctx"] = line["ctx"]
         return details
+
+
+def _is_unknown_key(line: InitErrorDetails) -> bool:
+    return isinstance(line["type"], PydanticCustomError) and line["type"].type == _UNKNOWN_KEY
 
 
 def as_line_error(problem: Problem, data: Any) -> InitErrorDetails:
@@ -131,8 +140,10 @@ def problems_of(error: ValidationError) -> list[Problem]:
 
 
 def _is_union_branch(part: int | str) -> bool:
-    # pydantic puts the branch of a union into the path: "str", "list[str]", "function-wrap[...]"
-    return isinstance(part, str) and (part in {"str", "int", "float", "bool", "dict"} or "[" in part)
+    # pydantic puts the branch of a union into the path: "str", "list[str]", "constrained-int", "function-wrap[...]"
+    return isinstance(part, str) and (
+        part in {"str", "int", "float", "bool", "dict"} or part.startswith("constrained-") or "[" in part
+    )
 
 
 def _one_for_each_path(problems: list[Problem]) -> list[Problem]:

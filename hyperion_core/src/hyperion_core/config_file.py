@@ -23,6 +23,12 @@ _MOST_NODES = 100_000
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 2e-4 as a number, as everybody who writes it means it."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a date in month 99, a number of 5000 digits
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
@@ -30,6 +36,15 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+
+
+def _string(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    """JSON writes an emoji as two escapes, which YAML reads as two halves of a character."""
+    text = str(loader.construct_scalar(node))
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _string)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +77,9 @@ def read_config_file(path: str | Path) -> ConfigFile:
     text = _text(path)
     if path.suffix == ".json":
         text = text.replace("\t", "  ")  # YAML takes no tabs in indentation, JSON does
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise _refused(
@@ -79,12 +95,13 @@ def read_config_file(path: str | Path) -> ConfigFile:
         line = mark.line + 1 if mark else 1
         why = " ".join(str(getattr(error, "problem", None) or error).split())
         raise _refused(
-            path, line, "the file is not valid YAML", why, "check indentation and quotes near this line"
+            path, line, "the file is not valid YAML", why, "check indentation, quotes and values near this line"
         ) from error
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise _refused(path, 1, "the file holds a value that cannot be read", str(error), "quote the value") from error
+    except RecursionError as error:
+        raise _refused(path, 1, "the file is nested too deep", "", "a config has a handful of levels") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return ConfigFile(path, data, lines)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion
 
 from . import __version__
 from .kinds import EXPORTS_GROUP, KINDS
@@ -20,7 +21,7 @@ CORE = "hyperion-core"
 class PluginEntry:
     """One entry point of one distribution.
 
-    `origin` says where the distribution came from: "index", "local folder", "editable", or a URL.
+    `origin` says where the distribution came from: "index", "local folder", "local file", "editable", or a URL.
     `contract` is what it asks of hyperion-core (a version range, "" for any), None when it does not say.
     `target` is a class given in process, without a distribution behind it.
     """
@@ -63,6 +64,8 @@ def installed_plugins(path: list[str] | None = None) -> list[PluginEntry]:
         if "hyperion." not in text:
             continue
         name = distribution.metadata["Name"]
+        if not name:  # what an interrupted uninstall leaves behind
+            continue
         if canonicalize_name(name) in seen:  # an older copy further down the path, which Python never imports
             continue
         seen.add(canonicalize_name(name))
@@ -111,8 +114,12 @@ def _missing(requirements: list[Requirement]) -> Iterable[str]:
         except importlib.metadata.PackageNotFoundError:
             yield str(requirement)
             continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            yield f"{requirement} ({version} is installed)"
+        try:
+            fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
+        except InvalidVersion:
+            fits = False
+        if not fits:
+            yield f"{requirement} ({version or 'a broken one'} is installed)"
 
 
 def _origin(distribution: importlib.metadata.Distribution) -> str:
@@ -126,4 +133,5 @@ def _origin(distribution: importlib.metadata.Distribution) -> str:
         # The folder itself stays out: plans and model cards are published, paths of a machine are nobody's business.
         return "editable" if direct["dir_info"].get("editable") else "local folder"
     commit = direct.get("vcs_info", {}).get("commit_id")
-    return str(direct.get("url", "")) + (f"@{commit}" if commit else "")
+    url = str(direct.get("url", ""))
+    return ("local file" if url.startswith("file:") else url) + (f"@{commit}" if commit else "")

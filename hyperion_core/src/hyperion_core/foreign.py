@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +80,7 @@ def with_foreign_fields(
         for field in foreign_fields(package, file, class_name).values():
             if field.name in leave_out or field.name in model.model_fields:
                 continue
-            annotation = field.annotation if field.annotation is Any else typing.Optional[field.annotation]
+            annotation = field.annotation if field.annotation is Any else typing.Optional[field.annotation]  # noqa: UP045 - any value
             added[field.name] = (annotation, Field(None, description=field.help or None))
         created = create_model(model.__name__, __base__=model, __module__=model.__module__, **added)
         created.__doc__ = model.__doc__
@@ -127,7 +126,7 @@ def _annotation(node: ast.expr) -> Any:
     if isinstance(node, ast.Attribute):
         return _KNOWN_NAMES.get(node.attr, Any)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return typing.Union[_annotation(node.left), _annotation(node.right)]
+        return typing.Union[_annotation(node.left), _annotation(node.right)]  # noqa: UP007 - any two values
     if isinstance(node, ast.Subscript):
         origin = _annotation(node.value)
         arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -143,4 +142,4 @@ def _annotation(node: ast.expr) -> Any:
             return origin[inner if len(inner) > 1 else inner[0]]
         except TypeError:
             return Any
-    return Any if not isinstance(node, types.EllipsisType) else ...
+    return Any

@@ -63,11 +63,13 @@ def check_hooks(plugin: type[Plugin], entry: PluginEntry) -> None:
                 f"{whose} has a hook that the contract does not know: {name}", why="its name is misspelt, or too new",
                 fix=_meant(name, hooks),
             )  # fmt: skip
-        if name in ALL_HOOKS and not own and not _is_wrapper(plugin, name):
+        if name in ALL_HOOKS and not own and not (issubclass(plugin, Observer) and _is_wrapper(plugin, name)):
             raise PluginHookError(
                 f"{whose} implements {name}, a hook of another kind",
                 why="only an observer may touch another kind's hook, and only to wrap it",
-                fix="decorate it with @hookimpl(wrapper=True)",
+                fix="decorate it with @hookimpl(wrapper=True)"
+                if issubclass(plugin, Observer)
+                else f"take it out, or rename it if it is no hook; an observer can wrap {name}",
             )
         if name in ALL_HOOKS:
             _check_arguments(plugin, name, whose)
@@ -76,9 +78,10 @@ def check_hooks(plugin: type[Plugin], entry: PluginEntry) -> None:
         if name not in methods:
             near = closest(name, strangers)
             raise PluginHookError(
-                f"{whose} lacks the hook {name}", why=f"every {plugin.kind} that declares what it declares must have it",
+                f"{whose} lacks the hook {name}",
+                why=f"every {plugin.kind} that declares what it declares must have it",
                 fix=f"rename {near} to {name}" if near else f"add a method {name}{_signature(name)}",
-            )  # fmt: skip
+            )
     for name in strangers:
         near = closest(name, hooks)
         if near and near not in methods and _alike(name, near):
@@ -108,8 +111,10 @@ class RunHooks:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginHookError(
-                f'the {plugin.kind} "{name}" does not fit the contract', why=str(error), fix="see hyperion_core/specs.py"
-            ) from error  # fmt: skip
+                f'the {plugin.kind} "{name}" does not fit the contract',
+                why=str(error),
+                fix="see hyperion_core/specs.py",
+            ) from error
         if isinstance(plugin, Observer):
             self._make_harmless(plugin, key)
 
@@ -143,14 +148,7 @@ class RunHooks:
 
     def observe(self, hook: str, **arguments: Any) -> None:
         """Tell every observer. One that raises is warned about once, and hears no more."""
-        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
-            key = implementation.plugin_name
-            if key in self._muted:
-                continue
-            try:
-                implementation.function(*(arguments[name] for name in implementation.argnames))
-            except Exception as error:
-                self._mute(key, hook, error)
+        getattr(self.manager.hook, hook)(**arguments)
 
     def _driver(self, kind: str, name: str) -> _Driver:
         return _Driver(self.manager, self.plugin(kind, name))
@@ -163,10 +161,27 @@ class RunHooks:
     def _make_harmless(self, plugin: Observer, key: str) -> None:
         for caller in self.manager.get_hookcallers(plugin) or []:
             for implementation in caller.get_hookimpls():
-                if implementation.plugin is plugin and (implementation.wrapper or implementation.hookwrapper):
-                    implementation.function = self._harmless(implementation.function, key, caller.name)
+                if implementation.plugin is plugin:
+                    wraps = implementation.wrapper or implementation.hookwrapper
+                    harmless = self._harmless_wrapper if wraps else self._harmless_listener
+                    guarded = harmless(implementation.function, key, caller.name)
+                    implementation.function = guarded  # type: ignore[misc]  # pluggy's stub says final; it is not
 
-    def _harmless(self, wrapper: Callable[..., Any], key: str, hook: str) -> Callable[..., Generator[None, Any, Any]]:
+    def _harmless_listener(self, listener: Callable[..., Any], key: str, hook: str) -> Callable[..., None]:
+        """The hook, run so that its exception mutes it and goes no further."""
+
+        def guarded(*arguments: Any) -> None:
+            if key not in self._muted:
+                try:
+                    listener(*arguments)
+                except Exception as error:
+                    self._mute(key, hook, error)
+
+        return guarded
+
+    def _harmless_wrapper(
+        self, wrapper: Callable[..., Any], key: str, hook: str
+    ) -> Callable[..., Generator[None, Any, Any]]:
         """The wrapper, run so that its own exceptions mute it and the wrapped hook's result passes unchanged."""
 
         def guarded(*arguments: Any) -> Generator[None, Any, Any]:
@@ -207,14 +222,16 @@ class _Driver:
         self._manager = manager
         self._plugin = plugin
         self._others = [
-            other for other in manager.get_plugins() if other is not plugin and getattr(other, "kind", "") == plugin.kind
-        ]  # fmt: skip
+            other
+            for other in manager.get_plugins()
+            if other is not plugin and getattr(other, "kind", "") == plugin.kind
+        ]
 
     def __getattr__(self, hook: str) -> Callable[..., Any]:
         caller = self._manager.subset_hook_caller(hook, self._others)
 
         def call(*positional: Any, **named: Any) -> Any:
-            named.update(zip(_parameters(hook), positional))
+            named.update(zip(_parameters(hook), positional, strict=False))
             return caller(**named)
 
         return call
@@ -230,7 +247,7 @@ def _signature(hook: str) -> str:
 
 def _is_wrapper(plugin: type[Plugin], name: str) -> bool:
     mark = getattr(getattr(plugin, name), _MARK, None)
-    return isinstance(mark, dict) and bool(mark.get("wrapper") or mark.get("hookwrapper"))
+    return isinstance(mark, dict) and bool(mark.get("wrapper"))
 
 
 def _check_arguments(plugin: type[Plugin], name: str, whose: str) -> None:

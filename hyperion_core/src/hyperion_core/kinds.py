@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from . import specs
-from .config import AdapterConfig, PluginConfig, QuantizationConfig
+from .config import AdapterConfig, PluginConfig, QuantizationConfig, StrictModel
 from .facts import Capabilities, Provides
 
 
@@ -19,7 +19,7 @@ class Plugin:
     group: ClassVar[str]
     prefix: ClassVar[str]
     hooks: ClassVar[type]
-    config_class: ClassVar[type[PluginConfig]] = PluginConfig
+    config_class: ClassVar[type[StrictModel]] = PluginConfig
 
     @classmethod
     def required(cls) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ class Adapter(Plugin):
     group = "hyperion.adapters"
     prefix = "adapter_"
     hooks = specs.AdapterSpecs
-    config_class: ClassVar[type[PluginConfig]] = AdapterConfig
+    config_class: ClassVar[type[StrictModel]] = AdapterConfig
     capabilities: ClassVar[Capabilities] = Capabilities()
 
     @classmethod
@@ -54,7 +54,7 @@ class Quantizer(Plugin):
     group = "hyperion.quantizers"
     prefix = "quantizer_"
     hooks = specs.QuantizerSpecs
-    config_class: ClassVar[type[PluginConfig]] = QuantizationConfig
+    config_class: ClassVar[type[StrictModel]] = QuantizationConfig
     provides: ClassVar[Provides] = Provides()
 
     @classmethod
@@ -165,3 +165,8 @@ def kind_named(name: str) -> type[Plugin]:
         if kind.kind == name:
             return kind
     raise KeyError(f"no kind of plugin is called {name!r}; there are: {', '.join(k.kind for k in KINDS)}")
+
+
+def with_article(kind: str) -> str:
+    """ "an adapter", "a quantizer": for sentences about a kind."""
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

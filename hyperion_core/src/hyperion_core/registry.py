@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
+from packaging.utils import canonicalize_name
 from stevedore.driver import DriverManager
 
 from . import __version__
@@ -23,7 +24,7 @@ from .errors import (
     PluginRequirementError,
 )
 from .hooks import check_hooks
-from .kinds import Plugin, kind_named
+from .kinds import Plugin, kind_named, with_article
 from .suggest import closest
 
 
@@ -77,7 +78,8 @@ class Registry:
         base = kind_named(kind)
         if not (isinstance(plugin, type) and issubclass(plugin, base)):
             raise PluginLoadError(
-                f'the {kind} "{name}" of {entry.whose} is no {kind}: {entry.value} is {_described(plugin)}',
+                f'the {kind} "{name}" of {entry.whose} is not {with_article(kind)}: '
+                f"{entry.value} is {_described(plugin)}",
                 why=f"an entry point of {base.group} must be a class derived from hyperion_core.kinds.{base.__name__}",
                 fix=f"tell the authors of {entry.distribution}",
             )
@@ -94,7 +96,7 @@ class Registry:
 
     def state(self, entry: PluginEntry) -> str:
         """ "ok", or what `find` would say of it, in a word. Imports nothing."""
-        if len([other for other in self._same_name(entry.kind, entry.name)]) > 1:
+        if len(list(self._same_name(entry.kind, entry.name))) > 1:
             return "conflict"
         try:
             self._check_metadata(entry)
@@ -105,7 +107,14 @@ class Registry:
         return "ok"
 
     def _same_name(self, kind: str, name: str) -> list[PluginEntry]:
-        return [entry for entry in self._entries if entry.kind == kind and name in (entry.name, entry.qualified)]
+        owner, _, bare = name.rpartition(":")
+        return [
+            entry
+            for entry in self._entries
+            if entry.kind == kind
+            and entry.name == bare
+            and (not owner or canonicalize_name(entry.distribution) == canonicalize_name(owner))
+        ]
 
     def _only_one(self, kind: str, name: str) -> PluginEntry:
         found = self._same_name(kind, name)
@@ -122,7 +131,8 @@ class Registry:
 
     def _not_found(self, kind: str, name: str) -> PluginNotFoundError:
         names = sorted({entry.name for entry in self._entries if entry.kind == kind})
-        near = closest(name, names)
+        qualified = sorted({entry.qualified for entry in self._entries if entry.kind == kind})
+        near = closest(name, qualified if ":" in name else names)
         if near:
             fix = f'did you mean "{near}"?'
         elif ":" in name:
@@ -130,7 +140,7 @@ class Registry:
         else:
             fix = f'python -m pip install "hyperion-ft[{name}]", or the distribution of its authors'
         return PluginNotFoundError(
-            f'no installed distribution has a {kind} called "{name}"',
+            f'no installed distribution has {with_article(kind)} called "{name}"',
             why=f"installed: {', '.join(names)}" if names else f"no {kind} is installed at all",
             fix=fix,
         )
@@ -166,7 +176,7 @@ class Registry:
         return self._loaded[entry]
 
 
-class _OneDriver(DriverManager):
+class _OneDriver(DriverManager):  # type: ignore[type-arg] # generic in its newest versions only
     """stevedore's driver loading, given the one entry point that the index has settled on.
 
     stevedore itself would import every duplicate before it complains.

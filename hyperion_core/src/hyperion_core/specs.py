@@ -159,8 +159,8 @@ class QuantizerSpecs:
 
     @driver
     def quantizer_prepare(
-        self, source: Path, config: QuantizationConfig, bits: BitPlan, calibration: Iterable[Mapping[str, Tensor]] | None,
-        folder: Path, ctx: RunContext,
+        self, source: Path, config: QuantizationConfig, bits: BitPlan,
+        calibration: Iterable[Mapping[str, Tensor]] | None, folder: Path, ctx: RunContext,
     ) -> Path | None:  # fmt: skip
         """Quantize offline into `folder`; gives what to load. None: this one quantizes while loading."""
 

@@ -1,0 +1,24 @@
+"""For every test of every distribution here. It stands at the root, the only place where `pytest_plugins` may."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Both are read when torch and huggingface_hub are first imported, so they are set before any test module is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order: the same bits on every machine size
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+pytest_plugins = ["hyperion_core.testing.fixtures"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,5 @@
+"""`python -m hyperion` is the `hyperion` command."""
+
+from .cli.main import run
+
+run()

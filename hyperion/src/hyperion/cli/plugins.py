@@ -1,0 +1,53 @@
+"""`hyperion plugins`: what is installed, read from metadata; a broken plugin breaks nothing here."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+app = typer.Typer(help="What is installed, and whose it is.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_plugins(
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    kind: str = typer.Option(None, "--kind", help="Only this kind: adapter, scheduler, …"),
+) -> None:
+    """List every plugin: kind, name, distribution, version, origin, state. Imports none of them."""
+    from hyperion_core.kinds import KINDS
+    from hyperion_core.registry import registry
+
+    kinds = [each.kind for each in KINDS]
+    if kind is not None and kind not in kinds:
+        raise typer.BadParameter(f"{kind!r} is no kind of plugin; there are: {', '.join(kinds)}", param_hint="--kind")
+    found = registry()
+    rows = [
+        {
+            "kind": entry.kind,
+            "name": entry.name,
+            "distribution": entry.distribution,
+            "version": entry.version,
+            "origin": entry.origin,
+            "state": found.state(entry),
+        }
+        for entry in found.entries(kind)
+        if entry.kind in kinds
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.table import Table
+
+    from .console import out
+
+    table = Table("kind", "name", "distribution", "version", "origin", "state", box=None, pad_edge=False)
+    for row in rows:
+        colour = "green" if row["state"] == "ok" else "red"
+        table.add_row(*list(row.values())[:-1], f"[{colour}]{row['state']}[/{colour}]")
+    out().print(table)
+
+
+@app.callback()
+def plugins() -> None:
+    """Subcommands follow."""

@@ -1,0 +1,19 @@
+"""`hyperion validate`: the plan of a run, without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def validate(config: Path = typer.Argument(help="YAML or JSON file of the run.")) -> None:
+    """Check a config and print the plan of its run; loads no model."""
+    from hyperion.config import FinetuneConfig
+    from hyperion.planning import make_plan
+
+    from .console import out, show_plan
+
+    planned = make_plan(FinetuneConfig.from_file(config))
+    show_plan(planned.plan)
+    out().print(f"[green]{config} is valid.[/green] Run it: hyperion train {config}")

@@ -1,0 +1,1 @@
+"""Where a tuned model goes."""

@@ -1,0 +1,204 @@
+"""From a model with its adapter and tokenized rows to a trained adapter: the loop of one run, set up and ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperion_core.errors import TrainingError
+from hyperion_core.facts import InForce
+from torch.nn import Module
+from transformers import TrainingArguments
+
+from ..monitoring.metrics import MetricsFile
+from ..monitoring.samples import SampleWriter
+from ..monitoring.training_line import TrainingLine
+from .borrowed import borrowed
+from .checkpoints import ADAPTER_FOLDER, checkpoints, remove_remains, why_incomplete
+from .early_stopping import EarlyStopping, evaluation_key
+from .engine import ADAPTER_NAME, TRAINER_STATE, Engine
+from .events import RunEvents
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from hyperion_core.config import AdapterConfig, PluginConfig
+    from hyperion_core.context import RunContext
+    from hyperion_core.hooks import RunHooks
+    from transformers import PreTrainedTokenizerBase
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+# What the engine decides, whatever is asked: it writes its own progress, keeps its own columns, and stops on NaN.
+_FIXED = {
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "disable_tqdm": True,
+    "logging_nan_inf_filter": False,
+    "average_tokens_across_devices": False,
+}
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A trained adapter.
+
+    `metrics`: figures of the whole run ("train_loss", "train_runtime" in seconds, …) and the evaluation ("eval_loss",
+    …) of the model that is returned. `steps`: optimizer steps made, those before a resume counted. `model` is the one
+    to use: it holds the best adapter where the best was asked for, the last one elsewhere.
+    """
+
+    metrics: dict[str, float]
+    steps: int
+    best_checkpoint: Path | None
+    model: Module
+    stopped_early: bool
+
+
+def fit(
+    model: Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluation: Dataset | None,
+    *,
+    arguments: dict[str, Any],
+    hooks: RunHooks,
+    ctx: RunContext,
+    adapter: tuple[str, AdapterConfig],
+    objective: tuple[str, PluginConfig],
+    scheduler: tuple[str, PluginConfig],
+    early_stopping_patience: int | None,
+    eval_samples: int,
+    eval_samples_max_new_tokens: int,
+    resume: Path | None,
+) -> FitResult:
+    """Train.
+
+    Args:
+        model: base with the adapter attached as "default", its trainable parameters in float32.
+        train, evaluation: rows with input_ids, labels (-100 = not learnt) and length.
+        arguments: for `transformers.TrainingArguments`, output_dir among them.
+        adapter, objective, scheduler: (name of the plugin in `hooks`, its config).
+        early_stopping_patience: evaluations without a better metric after which to stop; None never stops.
+        eval_samples: rows of `evaluation` that the model answers at each evaluation, for people to read.
+        resume: a checkpoint of this run; its adapter is already in the model.
+
+    Raises:
+        TrainingError: the arguments do not fit, the loss is not finite, a checkpoint is damaged or in the way, or
+            the model's architecture is not understood.
+    """
+    from ..data.collate import Collator
+
+    args = training_arguments(arguments)
+    output = Path(args.output_dir)
+    metrics, samples = MetricsFile(output / METRICS), MetricsFile(output / SAMPLES)
+    _prepare_output(output, metrics, samples, resume)
+    writer = SampleWriter(
+        tokenizer, evaluation, samples, count=eval_samples, max_new_tokens=eval_samples_max_new_tokens, ctx=ctx
+    )
+    line = TrainingLine(ctx.progress)
+    with borrowed(model, checkpointing=bool(args.activation_checkpointing)), line:
+        engine = Engine(
+            model, args, hooks=hooks, ctx=ctx, adapter=adapter, objective=objective, scheduler=scheduler,
+            train=train, evaluation=evaluation, collator=Collator(tokenizer.pad_token_id),
+            callbacks=[
+                line,
+                RunEvents(hooks, ctx, metrics, lambda step: writer.write(model, step)),
+                *([EarlyStopping(early_stopping_patience)] if early_stopping_patience else []),
+            ],
+        )  # fmt: skip
+        engine.check_head()
+        hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
+        finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
+    state = engine.state
+    best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    load_best = bool(args.load_best_model_at_end and best and state.best_global_step != state.global_step)
+    if load_best:
+        driver = hooks.adapter(adapter[0])
+        base = driver.adapter_unload(model=model, name=ADAPTER_NAME)
+        model = driver.adapter_load(
+            model=base, name=ADAPTER_NAME, folder=best / ADAPTER_FOLDER, trainable=False, ctx=ctx  # type: ignore[operator]
+        )  # fmt: skip
+    return FitResult(
+        metrics={**finished.metrics, **_evaluation_at(state.log_history, state.best_global_step if load_best else None)},
+        steps=state.global_step,
+        best_checkpoint=best,
+        model=model,
+        stopped_early=state.global_step < state.max_steps,
+    )
+
+
+def training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
+    """transformers' arguments, for one device, with what the engine decides itself.
+
+    Raises:
+        TrainingError: transformers refuses them.
+    """
+    wanted = {"report_to": "none", "dataloader_pin_memory": False, **arguments, **_FIXED}
+    # transformers wants save_steps to be a multiple of eval_steps for this one; the engine saves every new best model
+    keep_best = bool(wanted.pop("load_best_model_at_end", False))
+    try:
+        args = TrainingArguments(**wanted)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(
+            "transformers refuses the training arguments", why=str(error), fix="change them under training:"
+        ) from error
+    args.load_best_model_at_end = keep_best
+    if args.eval_strategy != "no":
+        args.metric_for_best_model = evaluation_key(args.metric_for_best_model or "loss")
+        if args.greater_is_better is None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make transformers wrap the model in DataParallel
+    return args
+
+
+def measure(model: Module, args: TrainingArguments) -> InForce:
+    """What is really there: parameters by device, types of what trains and of what does not."""
+    devices: Counter[str] = Counter()
+    kinds: dict[str, set[str]] = {"trainable": set(), "base": set()}
+    for parameter in model.parameters():
+        devices[str(parameter.device)] += parameter.numel()
+        kinds["trainable" if parameter.requires_grad else "base"].add(str(parameter.dtype).removeprefix("torch."))
+    dtypes = {kind: ", ".join(sorted(found)) for kind, found in kinds.items() if found}
+    return InForce("none", args.world_size, dict(devices), dtypes)
+
+
+def _prepare_output(output: Path, metrics: MetricsFile, samples: MetricsFile, resume: Path | None) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    remove_remains(output)
+    if resume is not None:
+        fault = why_incomplete(resume)
+        if fault:
+            raise TrainingError(
+                f"cannot resume from {resume}", why=fault, fix="resume from another checkpoint, or start anew elsewhere"
+            )
+        step = _step_of(resume)
+        metrics.cut_after(step)
+        samples.cut_after(step)
+        return
+    present = checkpoints(output)
+    if present:
+        raise TrainingError(
+            f"{output} holds the checkpoints of another run ({present[-1].name} is the last)",
+            why="a new run would mix its checkpoints with them",
+            fix="go on with that run (--resume), choose another output_dir, or delete the folder",
+        )
+    metrics.clear()
+    samples.clear()
+
+
+def _step_of(checkpoint: Path) -> int:
+    from hyperion_core.artifact import read_json
+
+    return int(read_json(checkpoint / TRAINER_STATE)["global_step"])
+
+
+def _evaluation_at(history: list[dict[str, float]], step: int | None) -> dict[str, float]:
+    """Figures of the evaluation at `step`, or of the last one."""
+    lines = [
+        line for line in history if any(key.startswith("eval_") for key in line) and step in (None, line["step"])
+    ]  # fmt: skip
+    return {key: value for key, value in lines[-1].items() if key.startswith("eval_")} if lines else {}

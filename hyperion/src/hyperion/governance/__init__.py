@@ -1,0 +1,1 @@
+"""What others must know of a tuned model."""

@@ -1,0 +1,83 @@
+"""The model card: README.md of an artifact, with what the run itself measured and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hyperion_core.artifact import Artifact
+from hyperion_core.plan import Plan
+
+if TYPE_CHECKING:
+    from hyperion.config import FinetuneConfig
+
+
+def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
+    """Markdown with the front matter that the Hub reads."""
+    parts = [
+        "---\n" + yaml.safe_dump(_front_matter(artifact, config), sort_keys=False, allow_unicode=True) + "---",
+        f"# A {artifact.adapter['type']} adapter for {config.base_model}",
+        "Tuned with [Hyperion](https://github.com/hyperion-labs/hyperion). Every figure below was measured by this run.",
+        _table("Training", [(label, text) for label, text in plan.rows() if label != "memory"]),
+        _table("Results", [(name, f"{value:.6g}") for name, value in artifact.metrics.items()]),
+        "Every logged step is in `metrics.jsonl`." + (" ![Loss](loss.png)" if (artifact.folder / "loss.png").exists() else ""),
+        _table("Data", [(key, _inline(value)) for key, value in artifact.data.items()]),
+        _samples(artifact),
+        _loading(artifact),
+        "## Limits\n\nThe adapter was judged on the held-out rows of its own data alone. It inherits the limits, the biases "
+        "and the licence of its base model; check both before you publish it.",
+        _table("Versions", list(artifact.versions.items())),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(artifact: Artifact, config: FinetuneConfig) -> dict[str, Any]:
+    front: dict[str, Any] = {"tags": ["hyperion", str(artifact.adapter["type"])], "pipeline_tag": "text-generation"}
+    if (artifact.folder / "adapter_config.json").exists():
+        front["library_name"] = "peft"
+    if not config.base_model.startswith(("package://", ".", "/", "~")) and config.base_model.count("/") == 1:
+        front["base_model"] = config.base_model
+    return front
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {label} | {_cell(text)} |" for label, text in rows]
+    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _inline(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _samples(artifact: Artifact, most: int = 3) -> str:
+    file = artifact.folder / "samples.jsonl"
+    if not file.exists():
+        return ""
+    last = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[-most:]]
+    shown = [
+        f"**Prompt** (step {sample['step']})\n\n{_quoted(sample['prompt'])}\n\n**Expected**\n\n"
+        f"{_quoted(sample['expected'])}\n\n**Generated**\n\n{_quoted(sample['generated'])}"
+        for sample in last
+    ]
+    return "\n\n".join(["## Samples", *shown])
+
+
+def _quoted(text: str) -> str:
+    # Indented code: neither backticks nor headings in a sample can break the card.
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+def _loading(artifact: Artifact) -> str:
+    lines = ["## Loading", "", "```python", "from hyperion.models import load_tuned", "",
+             'model, tokenizer = load_tuned("path/to/this/folder")', "```"]  # fmt: skip
+    if (artifact.folder / "adapter_config.json").exists():
+        lines += ["", "It is in PEFT's format: `peft.PeftModel.from_pretrained(base, folder)` loads it too."]
+    return "\n".join(lines)

@@ -1,0 +1,16 @@
+"""Base models: where one lies, what is known of it without its weights, and how it is loaded; and tuned ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .tuned import load_tuned as load_tuned
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_tuned":
+        from .tuned import load_tuned
+
+        return load_tuned
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,67 @@
+"""Lines of figures in a file that a crash cannot make unreadable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """JSON objects, one a line, each with the optimizer step it belongs to under "step".
+
+    Lines are whole once `append` returns. A last line without its line feed is what a crash left of one: reading
+    passes over it, and writing removes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line; numbers that JSON lacks (NaN, infinities) are written as null."""
+        text = json.dumps({key: _plain(value) for key, value in line.items()}, ensure_ascii=False, allow_nan=False)
+        self._drop_half_a_line()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """Whole lines, in order."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+    def cut_after(self, step: int) -> None:
+        """Keep the lines up to `step`: a resumed run writes the others again."""
+        if not self.path.exists():
+            return
+        kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.read() if line["step"] <= step]
+        sibling = self.path.with_name(f".{self.path.name}.partial")
+        sibling.write_text("".join(kept), encoding="utf-8")
+        os.replace(sibling, self.path)
+
+    def clear(self) -> None:
+        """A new run begins."""
+        self.path.unlink(missing_ok=True)
+
+    def _drop_half_a_line(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) == b"\n":
+                return
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,280 @@
+"""From a config to a plan: what `hyperion validate` prints. Imports no torch, reads metadata and headers only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from dataclasses import dataclass
+from typing import cast
+
+from hyperion_core.compatibility import check_pair
+from hyperion_core.errors import CompatibilityError, DataError, HyperionError, ModelError, Problem
+from hyperion_core.facts import BitPlan, Cost, ModelFacts, Workload
+from hyperion_core.hooks import RunHooks
+from hyperion_core.kinds import Adapter, Quantizer
+from hyperion_core.plan import Check, Choice, Plan
+from hyperion_core.registry import registry
+
+from .config import FinetuneConfig
+from .data.arguments import DataArgumentsError
+from .data.processor import DatasetProcessor
+from .memory import forecast
+from .models.facts import model_facts
+from .models.hardware import choose_dtype, plan_device, visible_gpus
+from .models.source import BaseModelSource, resolve_source
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows to train and to evaluate on; None is not known yet."""
+
+    train: int | None
+    evaluation: int | None
+
+    @property
+    def evaluates(self) -> bool:
+        return self.evaluation is None or self.evaluation > 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what was found on the way to it that the run needs again."""
+
+    plan: Plan
+    hooks: RunHooks
+    source: BaseModelSource
+    facts: ModelFacts
+    processor: DatasetProcessor | None
+
+
+def make_plan(config: FinetuneConfig, *, rows: Rows | None = None) -> Planned:
+    """Settle every choice of a run and look for everything that could stop it.
+
+    Args:
+        config: what is asked for.
+        rows: how many rows there are, where the caller already holds the datasets; else the config's are counted.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    problems: list[Problem] = []
+    hooks, choices = choose_plugins(config)
+    source, facts = _base_model(config, problems)
+    processor = _processor(config, problems)
+    device = "cpu" if getattr(config.training, "use_cpu", False) else plan_device()
+    dtype = choose_dtype(config.dtype, device)
+    _check_adapter(config, hooks, facts, problems)
+    bits = _check_quantizer(config, hooks, facts, device, problems)
+    config.refuse(problems)
+    assert source is not None
+
+    targets = _adapter_targets(config, hooks, facts)
+    rows = rows or count_rows(config, processor)
+    steps, why_no_steps = optimizer_steps(config, rows)
+    memory, trainable = _memory(config, hooks, facts, bits, dtype)
+    plan = Plan(
+        config=config.as_data(),
+        choices=tuple(choices),
+        device=device,
+        dtype=dtype,
+        settings=_settings(config, facts, targets, rows),
+        checks=tuple(_checks(config, facts)),
+        steps=steps,
+        why_no_steps=why_no_steps,
+        memory=memory,
+        why_no_memory=facts.why_unknown,
+        trainable=trainable,
+        versions=versions(choices),
+    )
+    return Planned(plan, hooks, source, facts, processor)
+
+
+def choose_plugins(config: FinetuneConfig) -> tuple[RunHooks, list[Choice]]:
+    """Every plugin that the config names, registered for one run."""
+    chosen = [
+        ("adapter", config.adapter.type),
+        ("objective", config.objective.type),
+        ("scheduler", config.scheduler().type),
+        *([("quantizer", quantizer_name(config))] if config.quantization else []),
+        *(("observer", name) for name in config.plugins),
+    ]
+    hooks = RunHooks()
+    for kind, name in chosen:
+        hooks.add(registry().load(kind, name)(), name)
+    return hooks, [Choice.of(registry().find(kind, name)) for kind, name in chosen]
+
+
+def quantizer_name(config: FinetuneConfig) -> str:
+    """The quantizer's name; validation has put it into the config."""
+    assert config.quantization is not None and config.quantization.method is not None
+    return config.quantization.method
+
+
+def uniform_bits(config: FinetuneConfig) -> BitPlan:
+    """The same bits everywhere; group size 0 is the method's own."""
+    assert config.quantization is not None
+    return BitPlan(config.quantization.bits, config.quantization.group_size or 0)
+
+
+def count_rows(config: FinetuneConfig, processor: DatasetProcessor | None) -> Rows:
+    """Rows after sample_limit and validation_split, as far as they can be counted cheaply."""
+    if processor is None or config.dataset is None:
+        return Rows(None, None)
+    sizes = processor.split_sizes()
+    return Rows(*sizes) if sizes else Rows(None, None if config.dataset.validation_split else 0)
+
+
+def optimizer_steps(config: FinetuneConfig, rows: Rows) -> tuple[int | None, str]:
+    """Optimizer steps of the run, or None and why."""
+    training = config.training
+    if training.max_steps > 0:
+        return training.max_steps, ""
+    if rows.train is None:
+        return None, "the data is counted when it is loaded"
+    batches = math.ceil(rows.train / training.per_device_train_batch_size)
+    per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    return math.ceil(per_epoch * training.num_train_epochs), ""
+
+
+def versions(choices: list[Choice]) -> dict[str, str]:
+    """Version of every plugin and library of a run, and of Python."""
+    found = {choice.distribution: choice.version for choice in choices}
+    for name in ("hyperion-core", "hyperion-ft", *_LIBRARIES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}
+
+
+def _base_model(config: FinetuneConfig, problems: list[Problem]) -> tuple[BaseModelSource | None, ModelFacts]:
+    try:
+        source = resolve_source(config.base_model, config.revision, config.base_dir)
+        return source, model_facts(source)
+    except ModelError as error:
+        problems.append(_problem("base_model", error))
+        return None, ModelFacts(config.base_model, why_unknown="the base model cannot be read")
+
+
+def _processor(config: FinetuneConfig, problems: list[Problem]) -> DatasetProcessor | None:
+    if config.dataset is None:
+        return None
+    try:
+        return DatasetProcessor(**config.dataset.given(), base_dir=config.base_dir)
+    except DataArgumentsError as error:
+        problems += [problem.at("dataset") for problem in error.problems]
+    except DataError as error:
+        problems.append(_problem("dataset", error))
+    return None
+
+
+def _check_adapter(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, problems: list[Problem]) -> None:
+    plugin = cast(Adapter, hooks.plugin("adapter", config.adapter.type))
+    quantizer = cast(Quantizer, hooks.plugin("quantizer", quantizer_name(config))) if config.quantization else None
+    found = hooks.adapter(config.adapter.type).adapter_check(
+        config=config.adapter, model=facts, quantizer=quantizer.provides if quantizer else None
+    )
+    problems += [problem.at("adapter") for problem in found or []]
+    pair = check_pair(type(plugin), type(quantizer) if quantizer else None)
+    if pair:
+        problems.append(pair)
+    if config.new_tokens and not plugin.capabilities.new_tokens:
+        problems.append(
+            Problem("new_tokens", f'the adapter "{config.adapter.type}" cannot train new tokens',
+                    "it does not declare that capability", "choose another adapter, or leave new_tokens out")
+        )  # fmt: skip
+
+
+def _check_quantizer(
+    config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, device: str, problems: list[Problem]
+) -> BitPlan | None:
+    if config.quantization is None:
+        return None
+    bits = uniform_bits(config)
+    found = hooks.quantizer(quantizer_name(config)).quantizer_check(
+        config=config.quantization, model=facts, bits=bits, device=device
+    )
+    problems += [problem.at("quantization") for problem in found or []]
+    return bits
+
+
+def _adapter_targets(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts) -> list[str] | None:
+    if not facts.known:
+        return None
+    try:
+        return hooks.adapter(config.adapter.type).adapter_targets(config=config.adapter, model=facts)
+    except CompatibilityError as error:
+        config.refuse([_problem("adapter", error)])
+        raise
+
+
+def _memory(
+    config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, bits: BitPlan | None, dtype: str
+) -> tuple[dict[str, int], int | None]:
+    if not facts.known:
+        return {}, None
+    training = config.training
+    work = Workload(
+        batch=training.per_device_train_batch_size,
+        length=min(training.max_length, facts.context_length or training.max_length),
+        dtype=dtype,
+        checkpointing=bool(getattr(training, "gradient_checkpointing", False)),
+    )
+    adapter = hooks.adapter(config.adapter.type).adapter_estimate(config=config.adapter, model=facts, work=work)
+    quantizer: Cost | None = None
+    if config.quantization is not None and bits is not None:
+        quantizer = hooks.quantizer(quantizer_name(config)).quantizer_estimate(
+            config=config.quantization, model=facts, bits=bits
+        )
+    return forecast(facts, adapter, quantizer, work), adapter.memory.get("adapter", 0) // 4
+
+
+def _settings(config: FinetuneConfig, facts: ModelFacts, targets: list[str] | None, rows: Rows) -> dict[str, str]:
+    training = config.training
+    settings = {"base model": config.base_model + (f" ({facts.parameters:,} parameters)" if facts.known else "")}
+    if targets is not None:
+        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets))
+        settings["adapter on"] = f"{len(targets)} modules: {names}"
+    settings["data"] = _data_line(config, rows)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    settings["batch"] = (
+        f"{batch} rows a step ({training.per_device_train_batch_size} × {training.gradient_accumulation_steps})"
+        f", at most {training.max_length} tokens a row"
+    )
+    settings["learning rate"] = f"{training.learning_rate:g}"
+    settings["gradient clipping"] = f"norm {training.max_grad_norm:g}" if training.max_grad_norm else "none"
+    settings["evaluation"] = training.eval_strategy_in_force(rows.evaluates)
+    if training.keeps_best(rows.evaluates):
+        settings["kept"] = f"the best by {training.metric_in_force()}"
+    if config.new_tokens:
+        settings["new tokens"] = str(len(config.new_tokens))
+    if config.trust_remote_code:
+        settings["trust_remote_code"] = "ON: Python code that comes with the model will run"
+    return settings
+
+
+def _data_line(config: FinetuneConfig, rows: Rows) -> str:
+    name = config.dataset.dataset if config.dataset else "given in Python"
+    if rows.train is None:
+        return name
+    return f"{name} ({rows.train} rows" + (f" + {rows.evaluation} to evaluate on)" if rows.evaluation else ")")
+
+
+def _checks(config: FinetuneConfig, facts: ModelFacts) -> list[Check]:
+    found = []
+    if config.quantization is not None:
+        pair = f"{config.adapter.type} on {quantizer_name(config)}"
+        found.append(Check(pair, "untested", "their capabilities fit, but no run of this pair is on record"))
+    if not facts.known:
+        found.append(Check("adapter targets", "unknown", f"{facts.why_unknown}; they are checked when it is loaded"))
+    if visible_gpus() > 1:
+        found.append(Check(f"{visible_gpus()} GPUs", "note", "the first one is used; this version runs on one device"))
+    return found
+
+
+def _problem(path: str, error: HyperionError) -> Problem:
+    return Problem(path, error.what, error.why, error.fix)
+

@@ -1,0 +1,235 @@
+"""`FinetuneConfig`: one strict model for Python and YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hyperion_core.config import AdapterConfig, QuantizationConfig
+from hyperion_core.errors import ConfigError
+from hyperion_core.kinds import Quantizer
+
+from hyperion import FinetuneConfig, LoraConfig
+from hyperion.schema import config_schema
+
+FROZEN = Path(__file__).parent / "configs"
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(**keys) -> str:
+    with pytest.raises(ConfigError) as caught:
+        FinetuneConfig(**{"base_model": "owner/model", "adapter": {"type": "lora"}, **keys})
+    return str(caught.value)
+
+
+def test_the_specifications_own_config_in_python_and_yaml_is_the_same(tmp_path: Path) -> None:
+    in_python = FinetuneConfig(
+        base_model="meta-llama/Llama-2-7b-hf",
+        adapter=LoraConfig(
+            r=16,
+            lora_alpha=32,
+            target_modules=["q_proj", "v_proj"],
+            lora_dropout=0.05,
+            bias="none",
+            task_type="CAUSAL_LM",
+        ),
+        training=dict(
+            learning_rate=2e-4,
+            warmup_ratio=0.03,
+            weight_decay=0.01,
+            gradient_accumulation_steps=4,
+            lr_scheduler="cosine",
+        ),
+    )
+    in_yaml = FinetuneConfig.from_file(
+        write(
+            tmp_path,
+            """
+            base_model: meta-llama/Llama-2-7b-hf
+            adapter: {type: lora, r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj], lora_dropout: 0.05,
+                      bias: none, task_type: CAUSAL_LM}
+            training: {learning_rate: 2e-4, warmup_ratio: 0.03, weight_decay: 0.01, gradient_accumulation_steps: 4,
+                       lr_scheduler: cosine}
+            """,
+        )
+    )
+    assert in_python == in_yaml
+    assert FinetuneConfig.parse(in_python.as_data()) == in_python
+
+
+def test_quantization_config_takes_the_specifications_names() -> None:
+    config = QuantizationConfig(bits=4, group_size=128, double_quant=True)
+    assert (config.bits, config.group_size, config.double_quant) == (4, 128, True)
+
+
+@pytest.mark.parametrize("path", sorted(FROZEN.glob("*.*")), ids=lambda path: path.name)
+def test_files_of_version_1_keep_loading(path: Path) -> None:
+    config = FinetuneConfig.from_file(path)
+    expected = json.loads((FROZEN / "expected" / f"{path.stem}.json").read_text(encoding="utf-8"))
+    data = config.as_data()
+    missing = [key for key in expected if data.get(key) != expected[key]]
+    assert not missing, f"{path.name} means something else now: {missing}"
+
+
+def test_every_error_of_a_file_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "base_model: owner/model\n"
+        "adapter:\n"
+        "  type: lora\n"
+        "  lora_aplha: 32\n"
+        "training:\n"
+        "  learning_rate: fast\n"
+        "  warmup_ratio: 0.1\n"
+        "  warmup_steps: 5\n"
+        "  lr_scheduler: cosin\n"
+        "objektive: sft\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        FinetuneConfig.from_file(path)
+    found = [(problem.source.rpartition(":")[2], problem.path) for problem in caught.value.problems]
+    assert found == [
+        ("4", "adapter.lora_aplha"),
+        ("6", "training.learning_rate"),
+        ("7", "training.warmup_ratio"),
+        ("9", "training.lr_scheduler.type"),
+        ("10", "objektive"),
+    ]
+    text = str(caught.value)
+    assert 'did you mean "lora_alpha"?' in text
+    assert "'fast' is refused" in text
+    assert 'did you mean "cosine"?' in text
+    assert 'did you mean "objective"?' in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"adapter": {"type": "loro"}}, 'did you mean "lora"?'),
+        ({"adapter": {"r": 8}}, "say which adapter: ia3, lora"),
+        ({"adapter": 3}, "an adapter is a mapping with `type`"),
+        ({"adapter": {"type": "lora", "r": 0}}, "adapter.r: 0 is refused"),
+        ({"adapter": {"type": "lora", "r": True}}, "adapter.r: True is refused"),
+        ({"quantization": {"bits": 4}}, 'pip install "hyperion-ft[bnb]"'),
+        ({"quantization": {"method": "bnb", "bits": 4}}, 'no installed distribution has a quantizer called "bnb"'),
+        ({"objective": "dpoo"}, 'no installed distribution has an objective called "dpoo"'),
+        ({"plugins": ["watcher"]}, 'no installed distribution has an observer called "watcher"'),
+        ({"new_tokens": ["<a>", "<a>"]}, '"<a>" stands twice'),
+        ({"version": 2}, "version: 2 is refused"),
+        ({"dtype": "int8"}, "dtype: 'int8' is refused"),
+        ({"dataset": {"dataset": "x", "validation_split": 1.5}}, "dataset.validation_split"),
+        ({"training": {"eval_steps": 500, "save_steps": 700}}, "save_steps 700 is no multiple of eval_steps 500"),
+        ({"training": {"eval_steps": 5, "eval_strategy": "epoch"}}, "the steps would never be used"),
+        ({"training": {"early_stopping_patience": 2, "eval_strategy": "no"}}, "nothing can stop early"),
+        ({"training": {"deepspeed": "x.json"}}, "this version runs one process on one device"),
+        ({"training": {"hub_token": "secret"}}, "HF_TOKEN"),
+        ({"training": {"push_to_hub": True}}, "push_to_hub needs hub_model_id"),
+        ({"training": {"max_steps": 0}}, "0 steps train nothing"),
+        ({"training": {"warmup_ratio": 1.0}}, "training.warmup_ratio: 1.0 is refused"),
+        ({"training": {"lr_scheduler": {"type": "cosine", "cycles": 2}}}, 'unknown key "cycles"'),
+        ({"training": {"bf16": True, "fp16": True}}, "autocast has one type"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_its_reason(keys, says) -> None:
+    assert says in refused(**keys)
+
+
+def test_a_refused_key_is_explained_once() -> None:
+    assert refused(training={"deepspeed": "x"}).count("deepspeed") == 2  # its path, and its name
+
+
+def test_a_config_object_of_another_plugin_is_refused() -> None:
+    class Stranger(AdapterConfig):
+        type: str = "lora"
+
+    assert 'no config of the adapter "lora"' in refused(adapter=Stranger())
+
+
+def test_training_maps_the_specifications_names_to_what_transformers_has() -> None:
+    training = FinetuneConfig(
+        base_model="owner/model",
+        adapter="lora",
+        training={"warmup_ratio": 0.03, "lr_scheduler": "linear", "adam_beta2": 0.95, "eval_steps": 50},
+    ).training
+    arguments = training.arguments(evaluates=True)
+    assert arguments["warmup_steps"] == 0.03
+    assert arguments["adam_beta2"] == 0.95
+    assert (arguments["eval_strategy"], arguments["save_strategy"], arguments["save_steps"]) == ("steps", "steps", 50)
+    assert arguments["load_best_model_at_end"] is True
+    assert "lr_scheduler" not in arguments
+    without = training.arguments(evaluates=False)
+    assert (without["eval_strategy"], without["load_best_model_at_end"]) == ("no", False)
+    assert "eval_steps" not in without
+
+
+def test_arguments_are_all_taken_by_the_installed_transformers(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    training = FinetuneConfig(base_model="owner/model", adapter="lora", training={"max_grad_norm": 0.5}).training
+    made = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **training.arguments(evaluates=True))
+    assert made.max_grad_norm == 0.5
+    assert made.learning_rate == training.learning_rate
+
+
+def test_a_scheduler_is_chosen_by_name_or_mapping_or_transformers_names() -> None:
+    def scheduler(**training):
+        return FinetuneConfig(base_model="owner/model", adapter="lora", training=training).scheduler()
+
+    by_mapping = scheduler(lr_scheduler={"type": "cosine_with_restarts", "num_cycles": 2})
+    by_old_names = scheduler(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2})
+    assert by_mapping == by_old_names
+    assert by_mapping.num_cycles == 2
+    assert scheduler(lr_scheduler="linear").type == "linear"
+
+
+def test_one_installed_quantizer_is_taken_without_being_named(registry) -> None:
+    from hyperion_objective_sft import SftObjective
+    from hyperion_schedulers import Cosine
+
+    import hyperion_adapters_lora
+
+    class Toy(Quantizer):
+        def quantizer_estimate(self): ...
+        def quantizer_load_kwargs(self): ...
+        def quantizer_modules(self): ...
+        def quantizer_save(self): ...
+
+    registry.add(hyperion_adapters_lora.LoraAdapter, "lora")
+    registry.add(SftObjective, "sft")
+    registry.add(Cosine, "cosine")
+    registry.add(Toy, "toy")
+    config = FinetuneConfig(
+        base_model="owner/model", adapter="lora", quantization=QuantizationConfig(bits=8, group_size=64)
+    )
+    assert config.quantization.method == "in-process:toy"
+    assert config.quantization.bits == 8
+
+
+def test_relative_paths_start_from_the_files_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"base_model": "owner/model", "adapter": {"type": "lora"}}', "config.json")
+    config = FinetuneConfig.from_file(path)
+    assert config.base_dir == tmp_path
+    assert config.replace(training={"seed": 1}).base_dir == tmp_path
+
+
+def test_the_schema_offers_every_installed_plugins_options() -> None:
+    schema = config_schema()
+    lora = schema["$defs"]["adapter:lora"]["properties"]
+    assert lora["type"] == {"const": "lora"}
+    assert {"r", "lora_alpha", "use_dora", "use_rslora"} <= lora.keys()
+    assert "neftune_noise_alpha" in schema["$defs"]["TrainingConfig"]["properties"]
+    assert schema["additionalProperties"] is False
+
+
+def test_the_schema_and_the_model_agree_about_a_file(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    good = {"base_model": "a/b", "adapter": {"type": "lora", "r": 4}, "dataset": "x.jsonl", "training": {"lr_scheduler": "cosine"}}
+    jsonschema.validate(good, config_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**good, "adapter": {"type": "lora", "rr": 4}}, config_schema())

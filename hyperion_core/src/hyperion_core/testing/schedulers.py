@@ -1,0 +1,130 @@
+"""The conformance suite of schedulers."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+
+from ..config import PluginConfig
+from ..facts import Horizon
+from ..hooks import RunHooks
+from ..kinds import Plugin
+from .plugins import PluginConformance
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+BASE = 1e-2  # the run's learning rate in all tests
+
+
+class SchedulerConformance(PluginConformance):
+    """What a scheduler must do. A test is two lines:
+
+        class TestCosine(SchedulerConformance):
+            plugin = "cosine"
+
+    warms_up: False for a schedule that begins at the base learning rate, whatever the warmup.
+    starts_at: the first learning rate of a warmup, as a share of the base.
+    """
+
+    kind = "scheduler"
+    warms_up: ClassVar[bool] = True
+    starts_at: ClassVar[float] = 0.0
+
+    def build(
+        self, plugin: type[Plugin], config: PluginConfig, *horizons: Horizon, rates: tuple[float, ...] = ()
+    ) -> tuple[Optimizer, Any]:
+        """An optimizer with one parameter group a horizon, at `rates` (BASE unless given), and its schedule."""
+        torch = pytest.importorskip("torch")
+        rates = rates or (BASE,) * len(horizons)
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+        optimizer = torch.optim.AdamW(groups, lr=BASE)
+        hooks = RunHooks()
+        hooks.add(plugin(), self.plugin)
+        scheduler = hooks.scheduler(self.plugin).scheduler_build(config, optimizer, list(horizons))
+        return optimizer, scheduler
+
+    def test_it_sets_the_first_step_and_gives_an_lr_scheduler(
+        self, plugin_class: type[Plugin], config: PluginConfig
+    ) -> None:
+        optimizer, scheduler = self.build(plugin_class, config, Horizon(40, 10))
+        torch = pytest.importorskip("torch")
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+        assert [group["lr"] for group in optimizer.param_groups] == scheduler.get_last_lr()
+
+    def test_the_warmup_rises_to_the_base_learning_rate(self, plugin_class: type[Plugin], config: PluginConfig) -> None:
+        (rates,) = learning_rates(*self.build(plugin_class, config, Horizon(40, 10)), steps=11)
+        if not self.warms_up:
+            assert rates[0] == pytest.approx(BASE), "it is declared to have no warmup"
+            return
+        peak = rates.index(max(rates))
+        assert rates[0] == pytest.approx(self.starts_at * BASE, abs=1e-12), "starts_at declares another start"
+        assert peak in (9, 10), f"a warmup of 10 steps has its peak at step {peak}"
+        assert all(a < b for a, b in zip(rates[:peak], rates[1:])), f"the warmup does not rise steadily: {rates}"
+        assert rates[peak] == pytest.approx(BASE)
+
+    def test_without_warmup_it_starts_at_the_base_learning_rate(
+        self, plugin_class: type[Plugin], config: PluginConfig
+    ) -> None:
+        (rates,) = learning_rates(*self.build(plugin_class, config, Horizon(400)), steps=1)
+        assert rates[0] == pytest.approx(BASE, rel=1e-3)
+
+    def test_every_group_follows_its_own_horizon(self, plugin_class: type[Plugin], config: PluginConfig) -> None:
+        horizons, base = (Horizon(40, 10), Horizon(80, 30)), (BASE, BASE / 4)
+        together = learning_rates(*self.build(plugin_class, config, *horizons, rates=base), steps=80)
+        for group, (horizon, rate) in enumerate(zip(horizons, base)):
+            (alone,) = learning_rates(*self.build(plugin_class, config, horizon, rates=(rate,)), steps=80)
+            assert together[group] == alone, f"group {group} does not follow its own horizon, {horizon}"
+            if self.warms_up:
+                early = together[group][: horizon.warmup + 1]
+                assert early.index(max(early)) in (horizon.warmup - 1, horizon.warmup)
+                assert max(early) == pytest.approx(rate)
+
+    @pytest.mark.parametrize("total, warmup", [(40, 10), (40, 0), (5, 5), (1, 1), (1, 0)])
+    def test_it_is_never_negative_and_goes_on_beyond_the_end(
+        self, plugin_class: type[Plugin], config: PluginConfig, total: int, warmup: int
+    ) -> None:
+        steps = 2 * total + 10
+        (rates,) = learning_rates(*self.build(plugin_class, config, Horizon(total, warmup)), steps=steps)
+        assert all(math.isfinite(rate) and rate >= 0 for rate in rates), rates
+
+    @pytest.mark.parametrize("done", [0, 1, 9, 10, 25, 40])
+    def test_it_resumes_to_the_bit(self, plugin_class: type[Plugin], config: PluginConfig, done: int) -> None:
+        torch = pytest.importorskip("torch")
+        horizons, base = (Horizon(40, 10), Horizon(60, 20)), (BASE, BASE / 4)
+        optimizer, scheduler = self.build(plugin_class, config, *horizons, rates=base)
+        learning_rates(optimizer, scheduler, steps=done)
+        file = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+        expected = learning_rates(optimizer, scheduler, steps=50 - done)
+
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        optimizer, scheduler = self.build(plugin_class, config, *horizons, rates=base)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        assert learning_rates(optimizer, scheduler, steps=50 - done) == expected
+
+    def test_it_draws_no_random_numbers(self, plugin_class: type[Plugin], config: PluginConfig) -> None:
+        torch = pytest.importorskip("torch")
+        torch.manual_seed(1)
+        one = learning_rates(*self.build(plugin_class, config, Horizon(40, 10)), steps=50)
+        torch.manual_seed(2)
+        optimizer, scheduler = self.build(plugin_class, config, Horizon(40, 10))
+        state = torch.get_rng_state()
+        assert learning_rates(optimizer, scheduler, steps=50) == one, "the schedule depends on the seed"
+        assert torch.equal(torch.get_rng_state(), state), "the schedule disturbs the run's random numbers"
+
+
+def learning_rates(optimizer: Optimizer, scheduler: Any, *, steps: int) -> list[list[float]]:
+    """The learning rates of the next `steps` optimizer steps, a list for each parameter group."""
+    rates: list[list[float]] = [[] for _ in optimizer.param_groups]
+    for _ in range(steps):
+        for seen, group in zip(rates, optimizer.param_groups):
+            seen.append(float(group["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return rates

