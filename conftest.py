@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 # Both are read when torch and huggingface_hub are first imported, so they are set before any test module is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order: the same bits on every machine size
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# pytest's importlib mode would make the folder hyperion/ a namespace package, and hide the real one.
+with contextlib.suppress(ImportError):  # the core's own tests run without the framework
+    import hyperion  # noqa: F401
 
 pytest_plugins = ["hyperion_core.testing.fixtures"]
 

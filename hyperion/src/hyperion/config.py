@@ -91,6 +91,10 @@ class FinetuneConfig(StrictModel):
         """The folder that relative paths start from; None is the working directory."""
         return self._file.path.resolve().parent if self._file else None
 
+    def __eq__(self, other: object) -> bool:
+        """Two configs are equal when they say the same, wherever they were read from."""
+        return isinstance(other, FinetuneConfig) and self.as_data() == other.as_data()
+
     def replace(self, **changes: Any) -> FinetuneConfig:
         """Another config, with some keys changed and everything validated again; relative paths stay valid.
 

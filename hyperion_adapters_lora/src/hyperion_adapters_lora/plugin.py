@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hyperion_core.errors import CompatibilityError, Problem
+from hyperion_core.errors import Problem
 from hyperion_core.facts import Capabilities, ModelFacts, ModuleFact, Provides, Workload
-from hyperion_peft import ALL_LINEAR, PeftAdapter, Selection, Targets, compact, peft_mapping
+from hyperion_peft import ALL_LINEAR, PeftAdapter, Selection, Targets, peft_mapping
 from hyperion_peft.cost import BYTES, fp32_copy
 
 from .config import REFUSED, LoraConfig
@@ -55,7 +55,7 @@ class LoraAdapter(PeftAdapter):
             options[key] = options.get(key) or {}
         return peft.LoraConfig(**options)
 
-    def parameters_of(self, config: LoraConfig, module: ModuleFact) -> int:
+    def parameters_of(self, config: LoraConfig, module: ModuleFact, targets: Targets) -> int:
         out, into = module.shape
         rank = self._rank(config, module)
         count = rank * (out + into) + (out if config.lora_bias else 0)
@@ -71,7 +71,7 @@ class LoraAdapter(PeftAdapter):
         saved = {module.name for module in targets.saved}
         return sum(m.shape[0] for m in model.modules if m.bias and m.name not in saved)
 
-    def kept_of(self, config: LoraConfig, module: ModuleFact, work: Workload) -> float:
+    def kept_of(self, config: LoraConfig, module: ModuleFact, targets: Targets, work: Workload) -> float:
         into = 0 if module.kind == "embedding" else module.shape[1]
         kept = BYTES * self._rank(config, module) + fp32_copy([into], work)
         if config.lora_dropout:
@@ -94,7 +94,7 @@ class LoraAdapter(PeftAdapter):
             ]
         return []
 
-    def merge_options(self, layer: Any, name: str) -> dict[str, Any]:
+    def merge_options(self, layer: Any, name: str, module: str) -> dict[str, Any]:
         if name not in getattr(layer, "r", {}):
             return {}
         return {

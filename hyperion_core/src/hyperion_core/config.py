@@ -68,7 +68,7 @@ class StrictModel(BaseModel):
 
     def given(self) -> dict[str, Any]:
         """The keys that the user set, and their values."""
-        return {name: getattr(self, name) for name in self.model_fields if name in self.model_fields_set}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @model_validator(mode="wrap")
     @classmethod

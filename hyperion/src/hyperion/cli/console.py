@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,12 +11,14 @@ from rich.text import Text
 from hyperion_core.errors import HyperionError
 from hyperion_core.plan import Plan
 
+# In a pipe nothing is cut short: rich would take 80 columns.
+_PIPE_WIDTH = 200
 _COLOURS = {"ok": "green", "untested": "yellow", "unknown": "yellow", "note": "cyan"}
 
 
 def out() -> Console:
     """Standard output: coloured on a terminal, plain in a pipe."""
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def show_error(error: HyperionError) -> None:

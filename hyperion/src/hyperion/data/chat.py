@@ -7,8 +7,9 @@ Found without knowing the template, by rendering the conversation again with sma
   exactly what it will have to continue. Whatever the template writes after the prompt (an empty thinking block,
   say) is what the model has to write, and is learnt.
 - its content *ends* where the text stands that follows a marker put in the content's place.
-- the turn ends with the first special token between there and the next message's content. A newline after it,
-  and the next turn's header, are not learnt.
+- the turn ends with the first special token between there and the next message's content, or with the
+  end-of-sequence token when that follows on its heels. A newline after it, and the next turn's header, are not
+  learnt.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ class PrefixBroken(Exception):
 
 
 def assistant_segments(
-    render: Render, messages: Sequence[Mapping[str, Any]], specials: Iterable[str]
+    render: Render, messages: Sequence[Mapping[str, Any]], specials: Iterable[str], eos: str | None
 ) -> tuple[list[Segment], bool]:
     """The conversation's text in segments, the assistant turns supervised.
 
     Args:
         render: (messages, add_generation_prompt) to the text of the chat template.
         specials: texts of the tokenizer's special tokens.
+        eos: text of its end-of-sequence token.
 
     Returns:
         The segments, which join to the rendered conversation; and whether an end-of-sequence token has yet to
@@ -53,14 +55,27 @@ def assistant_segments(
         start, content_end = probe.start(number), probe.content_end(number)
         if not done <= start <= content_end:
             raise PrefixBroken(f"turn {number} is not rendered where its prompt ends")
-        after = text[content_end : probe.next_content(number)]
-        found = min(((after.find(s), -len(s)) for s in ends if s and s in after), default=None)
-        end = content_end if found is None else content_end + found[0] - found[1]
+        length = _through_end_token(text[content_end : probe.next_content(number)], ends, eos)
+        end = content_end + (length or 0)
         segments += [Segment(text[done:start], False), Segment(text[start:end], True)]
-        done, open_ended = end, found is None
+        done, open_ended = end, length is None
     if open_ended and messages[-1]["role"] == "assistant":
         return _filled(segments), True
     return _filled([*segments, Segment(text[done:], False)]), False
+
+
+def _through_end_token(after: str, ends: tuple[str, ...], eos: str | None) -> int | None:
+    """Characters of the text `after` a content up to the end of the token that ends the turn; None without one."""
+    found = min(((after.find(token), -len(token)) for token in ends if token and token in after), default=None)
+    if found is None:
+        return None
+    end = first = found[0] - found[1]
+    while not (eos and after[:end].endswith(eos)):
+        following = max((len(token) for token in ends if token and after.startswith(token, end)), default=0)
+        if not following:  # the run of special tokens has no end of sequence: what follows is the next turn's
+            return first
+        end += following
+    return end
 
 
 def _filled(segments: list[Segment]) -> list[Segment]:

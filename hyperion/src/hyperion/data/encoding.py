@@ -133,7 +133,7 @@ class Encoder:
                 fix="take an instruction-tuned model, give a `chat_template`, or use instruction rows with templates",
             )
         try:
-            segments, add_eos = assistant_segments(self._render, messages, self._specials)
+            segments, add_eos = assistant_segments(self._render, messages, self._specials, self.tokenizer.eos_token)
             return _Part(segments, add_eos=add_eos)
         except (PrefixBroken, _RefusedByTemplate) as error:
             if _GENERATION.search(self.tokenizer.get_chat_template()):

@@ -133,8 +133,6 @@ class DatasetProcessor:
         total = source.count() if self._arguments["sample_limit"] is not None else None
         wanted = self._sample(total)
         rows = self._converted(source, layout, wanted, progress)
-        if not len(rows):
-            raise DataError(f"{self._source.label} has no rows")
         train_rows, eval_rows = self._sizes(len(rows))
         self._prepared = {
             "format": layout.format,
@@ -245,7 +243,9 @@ def _good_rows(
 ) -> Iterator[dict[str, Any]]:
     """Converted rows; the first bad one stops the output, and a few more are looked for to be named with it."""
     bad: list[tuple[str, BadRow]] = []
+    empty = True
     for place, row in located:
+        empty = False
         try:
             good = convert(row)
         except BadRow as error:
@@ -263,6 +263,8 @@ def _good_rows(
             why="\n".join(f"{place}: {error.what}" for place, error in bad),
             fix="; ".join(dict.fromkeys(error.fix for _, error in bad)),
         ) from bad[0][1]
+    if empty:
+        raise DataError(f"{label} has no rows")
 
 
 @contextmanager

@@ -146,7 +146,7 @@ class Engine(Trainer):
             return
         rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
         raise TrainingError(
-            f"the {what} is {float(value)} at optimizer step {self.state.global_step + 1}",
+            f"the {what} is {value.item()} at optimizer step {self.state.global_step + 1}",
             why=f"the numbers ran out of range (learning rate {rate:.3g}); going on would ruin the adapter",
             fix="lower training.learning_rate, warm up longer, set training.max_grad_norm, or train in float32 "
             "(no bf16 or fp16); to go on from the last checkpoint with such a change, use --resume",

@@ -40,6 +40,11 @@ _FIXED = {
     "logging_nan_inf_filter": False,
     "average_tokens_across_devices": False,
 }
+# Names that the field knows, and that transformers 5 warns of.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 @dataclass(frozen=True)
@@ -137,9 +142,12 @@ def training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
     Raises:
         TrainingError: transformers refuses them.
     """
-    wanted = {"report_to": "none", "dataloader_pin_memory": False, **arguments, **_FIXED}
+    wanted = {"report_to": "none", **arguments, **_FIXED}
     # transformers wants save_steps to be a multiple of eval_steps for this one; the engine saves every new best model
     keep_best = bool(wanted.pop("load_best_model_at_end", False))
+    for old, new in _RENAMED.items():
+        if old in wanted:
+            wanted[new] = wanted.pop(old)
     try:
         args = TrainingArguments(**wanted)
     except (TypeError, ValueError) as error:
@@ -151,6 +159,8 @@ def training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
         args.metric_for_best_model = evaluation_key(args.metric_for_best_model or "loss")
         if args.greater_is_better is None:
             args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    if args.device.type != "cuda":
+        args.dataloader_pin_memory = False  # there is no GPU to copy to, and torch warns of it
     args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make transformers wrap the model in DataParallel
     return args
 

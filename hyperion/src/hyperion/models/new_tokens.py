@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import ModelError
@@ -11,52 +12,61 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def add_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
-    """Adds `tokens` to the vocabulary and gives each a row in the embedding and the output head. Returns their ids.
+def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Adds `tokens` to the vocabulary and returns their ids, in the same order.
 
-    Each new row starts as the mean of the rows in use (Hewitt, "Initializing New Word Embeddings for Pretrained
-    Language Models", 2021, without its noise), so that it is the same in every run. A tied head stays tied. The tokens
-    are ordinary ones, not special: `skip_special_tokens` does not hide them from generated text. Rows that the model
-    already has to spare are used before the embedding grows.
+    They are ordinary tokens, not special ones: `skip_special_tokens` does not hide them from generated text.
 
     Raises:
-        ModelError: a token is empty, appears twice, or is already one token of the vocabulary; or the tokenizer has
-            more tokens than the model has rows.
+        ModelError: a token is empty, appears twice, or is already one token of the vocabulary. Nothing was added then.
     """
-    import torch
     from tokenizers import AddedToken
 
     _check(tokenizer, tokens)
-    used = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]
+
+
+def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_ids: Sequence[int]) -> None:
+    """Gives each id of `add_to_tokenizer` a row in the embedding and the output head.
+
+    A new row starts as the mean of the rows before the first new id (Hewitt, "Initializing New Word Embeddings for
+    Pretrained Language Models", 2021, without its noise), so that it is the same in every run. A tied head stays tied.
+    Rows that the model already has to spare are used before the embedding grows.
+
+    Raises:
+        ModelError: without the new ids, the tokenizer already has more tokens than the model has rows.
+    """
+    import torch
+
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
+    used = min(new_ids, default=len(tokenizer))
     if used > rows:
         raise ModelError(
             f"the tokenizer has {used:,} tokens and the model has rows for {rows:,}",
             why="tokenizer and model do not belong together",
             fix="use the tokenizer that came with the model",
         )
-    if not tokens:
-        return []
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-    vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[token] for token in tokens]
-    if len(tokenizer) > rows:
+    if not new_ids:
+        return
+    needed = max(new_ids) + 1
+    if needed > rows:
         # It draws random rows, which are overwritten below: keep the run's own random numbers as they were.
         device = embedding.weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.resize_token_embeddings(needed, mean_resizing=False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
-        _set_to_mean(embedding.weight, used, ids)
+        _set_to_mean(embedding.weight, used, new_ids)
         if head is not None and head.weight is not embedding.weight:
-            _set_to_mean(head.weight, used, ids)
+            _set_to_mean(head.weight, used, new_ids)
         if getattr(head, "bias", None) is not None:
-            _set_to_mean(head.bias, used, ids)
-    return ids
+            _set_to_mean(head.bias, used, new_ids)
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     vocabulary = tokenizer.get_vocab()
     seen: set[str] = set()
     for token in tokens:
@@ -78,6 +88,6 @@ def _check(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
             )
 
 
-def _set_to_mean(weight: torch.Tensor, used: int, ids: list[int]) -> None:
+def _set_to_mean(weight: torch.Tensor, used: int, ids: Sequence[int]) -> None:
     """Sets rows `ids` of `weight` (rows, ...) to the mean of its first `used` rows, summed in float32."""
-    weight[ids] = weight[:used].float().mean(dim=0).to(weight.dtype)
+    weight[list(ids)] = weight[:used].float().mean(dim=0).to(weight.dtype)

@@ -159,8 +159,13 @@ class Command:
         }
         done = subprocess.run(
             [sys.executable, "-m", "hyperion", *map(str, arguments)],
-            cwd=cwd or self.folder, env=environment, capture_output=True, encoding="utf-8", timeout=timeout, check=False,
-        )  # fmt: skip
+            cwd=cwd or self.folder,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
+            check=False,
+        )
         return CommandResult(done.returncode, done.stdout, done.stderr)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ..config import PluginConfig
+from ..config import StrictModel
 from ..errors import ConfigError
 from ..kinds import Plugin
 from ..registry import registry as current_registry
@@ -40,7 +40,7 @@ class PluginConformance:
         return current_registry().load(self.kind, self.plugin)
 
     @pytest.fixture
-    def config(self, plugin_class: type[Plugin]) -> PluginConfig:
+    def config(self, plugin_class: type[Plugin]) -> StrictModel:
         """The plugin's config with `options`, defaults else."""
         return plugin_class.config_class.parse(self.options)
 
@@ -60,15 +60,15 @@ class PluginConformance:
         assert done.returncode == 0, done.stderr
         assert not done.stdout.strip(), f"importing {entry.value} imports {done.stdout.strip()}: do so inside the hooks"
 
-    def test_the_config_round_trips(self, config: PluginConfig) -> None:
+    def test_the_config_round_trips(self, config: StrictModel) -> None:
         again = type(config).parse(json.loads(config.model_dump_json()))
         assert again == config, "a config that is written out and read again is another one"
 
-    def test_the_config_names_its_plugin(self, config: PluginConfig) -> None:
+    def test_the_config_names_its_plugin(self, config: StrictModel) -> None:
         key = "method" if "method" in type(config).model_fields else "type"
         assert getattr(config, key) == self.name, f"the default of {key} must be the entry point's name"
 
-    def test_an_unknown_key_is_refused_with_a_suggestion(self, config: PluginConfig) -> None:
+    def test_an_unknown_key_is_refused_with_a_suggestion(self, config: StrictModel) -> None:
         key = max(type(config).keys(), key=len)
         misspelt = key[:-1]
         with pytest.raises(ConfigError) as caught:
@@ -76,7 +76,7 @@ class PluginConformance:
         (problem,) = [problem for problem in caught.value.problems if problem.path == misspelt]
         assert key in problem.fix, f"{misspelt!r} is refused, and the fix does not name {key!r}: {problem.fix!r}"
 
-    def test_the_config_has_a_json_schema(self, config: PluginConfig) -> None:
+    def test_the_config_has_a_json_schema(self, config: StrictModel) -> None:
         schema = type(config).model_json_schema()
         assert set(schema["properties"]) == set(type(config).keys())
         assert schema["additionalProperties"] is False

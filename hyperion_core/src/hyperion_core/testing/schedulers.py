@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -47,9 +48,7 @@ class SchedulerConformance(PluginConformance):
         scheduler = hooks.scheduler(self.plugin).scheduler_build(config, optimizer, list(horizons))
         return optimizer, scheduler
 
-    def test_it_sets_the_first_step_and_gives_an_lr_scheduler(
-        self, plugin_class: type[Plugin], config: PluginConfig
-    ) -> None:
+    def test_it_sets_the_first_learning_rate(self, plugin_class: type[Plugin], config: PluginConfig) -> None:
         optimizer, scheduler = self.build(plugin_class, config, Horizon(40, 10))
         torch = pytest.importorskip("torch")
         assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
@@ -63,19 +62,17 @@ class SchedulerConformance(PluginConformance):
         peak = rates.index(max(rates))
         assert rates[0] == pytest.approx(self.starts_at * BASE, abs=1e-12), "starts_at declares another start"
         assert peak in (9, 10), f"a warmup of 10 steps has its peak at step {peak}"
-        assert all(a < b for a, b in zip(rates[:peak], rates[1:])), f"the warmup does not rise steadily: {rates}"
+        assert all(a < b for a, b in pairwise(rates[: peak + 1])), f"the warmup does not rise steadily: {rates}"
         assert rates[peak] == pytest.approx(BASE)
 
-    def test_without_warmup_it_starts_at_the_base_learning_rate(
-        self, plugin_class: type[Plugin], config: PluginConfig
-    ) -> None:
+    def test_without_warmup_it_starts_at_the_base(self, plugin_class: type[Plugin], config: PluginConfig) -> None:
         (rates,) = learning_rates(*self.build(plugin_class, config, Horizon(400)), steps=1)
         assert rates[0] == pytest.approx(BASE, rel=1e-3)
 
     def test_every_group_follows_its_own_horizon(self, plugin_class: type[Plugin], config: PluginConfig) -> None:
         horizons, base = (Horizon(40, 10), Horizon(80, 30)), (BASE, BASE / 4)
         together = learning_rates(*self.build(plugin_class, config, *horizons, rates=base), steps=80)
-        for group, (horizon, rate) in enumerate(zip(horizons, base)):
+        for group, (horizon, rate) in enumerate(zip(horizons, base, strict=True)):
             (alone,) = learning_rates(*self.build(plugin_class, config, horizon, rates=(rate,)), steps=80)
             assert together[group] == alone, f"group {group} does not follow its own horizon, {horizon}"
             if self.warms_up:
@@ -123,7 +120,7 @@ def learning_rates(optimizer: Optimizer, scheduler: Any, *, steps: int) -> list[
     """The learning rates of the next `steps` optimizer steps, a list for each parameter group."""
     rates: list[list[float]] = [[] for _ in optimizer.param_groups]
     for _ in range(steps):
-        for seen, group in zip(rates, optimizer.param_groups):
+        for seen, group in zip(rates, optimizer.param_groups, strict=True):
             seen.append(float(group["lr"]))
         optimizer.step()
         scheduler.step()

@@ -59,11 +59,11 @@ class PeftAdapter(ABC, Adapter):
         """The config that peft is given. `tokens` are rows to train, by the embedding's name."""
 
     @abstractmethod
-    def parameters_of(self, config: Any, module: ModuleFact) -> int:
+    def parameters_of(self, config: Any, module: ModuleFact, targets: Targets) -> int:
         """Trainable parameters that the method adds to one wrapped module."""
 
     @abstractmethod
-    def kept_of(self, config: Any, module: ModuleFact, work: Workload) -> float:
+    def kept_of(self, config: Any, module: ModuleFact, targets: Targets, work: Workload) -> float:
         """Bytes a token that autograd keeps for one wrapped module."""
 
     def further_parameters(self, config: Any, model: ModelFacts, targets: Targets) -> int:
@@ -78,8 +78,8 @@ class PeftAdapter(ABC, Adapter):
         """What else stands against a config; the base may be unknown."""
         return []
 
-    def merge_options(self, layer: Any, name: str) -> dict[str, Any]:
-        """Fields of the peft config under which one wrapped layer is merged alone."""
+    def merge_options(self, layer: Any, name: str, module: str) -> dict[str, Any]:
+        """Fields of the peft config under which one wrapped layer is merged alone, called `module` there."""
         return {}
 
     def accept_saved(self, config: Any) -> str:
@@ -110,9 +110,9 @@ class PeftAdapter(ABC, Adapter):
         if not model.known:
             return Cost()
         targets = self.resolve(config, model)
-        own = sum(self.parameters_of(config, module) for module in targets.modules)
+        own = sum(self.parameters_of(config, module, targets) for module in targets.modules)
         whole = sum(module.parameters for module in targets.saved)
-        kept = sum(self.kept_of(config, module, work) for module in targets.modules)
+        kept = sum(self.kept_of(config, module, targets, work) for module in targets.modules)
         total = own + whole + self.further_parameters(config, model, targets)
         return adapter_cost(total, kept, model, work, self.further_bytes(config, targets))
 
@@ -188,7 +188,7 @@ class PeftAdapter(ABC, Adapter):
         from . import attach, merge
 
         layer = dict(attach.base_of(model).named_modules()).get(module)
-        return merge.merged(model, name, module, weight, bias, self.merge_options(layer, name))
+        return merge.merged(model, name, module, weight, bias, self.merge_options(layer, name, merge.ONLY))
 
     # --- shared ---
 

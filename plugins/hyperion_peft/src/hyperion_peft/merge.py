@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attach import adapter_config, base_of, state_of
 
-_ONLY = "only"  # the name of the one module in the model that a merge is made on
+ONLY = "only"  # the name of the one module in the model that a merge is made on
 
 
 def merged(
@@ -54,12 +54,12 @@ def _by_peft(
     layer: BaseTunerLayer, name: str, config: PeftConfig, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     holder = nn.Module()
-    holder.add_module(_ONLY, _plain(layer.get_base_layer(), weight, bias))
+    holder.add_module(ONLY, _plain(layer.get_base_layer(), weight, bias))
     own = copy.deepcopy(config)
-    for key, value in {"target_modules": [_ONLY], "exclude_modules": None, "modules_to_save": None, **options}.items():
+    for key, value in {"target_modules": [ONLY], "exclude_modules": None, "modules_to_save": None, **options}.items():
         setattr(own, key, value)
     holder = inject_adapter_in_model(own, holder, adapter_name=name)
-    merging = cast(Any, holder.get_submodule(_ONLY))
+    merging = cast(Any, holder.get_submodule(ONLY))
     with torch.no_grad():
         for attribute in layer.adapter_layer_names:
             source, target = getattr(layer, attribute), getattr(merging, attribute)
@@ -70,7 +70,12 @@ def _by_peft(
             else:
                 target[name].load_state_dict({key: _fp32(value) for key, value in source[name].state_dict().items()})
     merging.to(weight.device)
-    merging.merge(safe_merge=True, adapter_names=[name])
+    try:
+        merging.merge(safe_merge=True, adapter_names=[name])
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise CompatibilityError(
+            f'"{name}" cannot be merged into this module', why=str(error), fix="keep the adapter apart from the base"
+        ) from error
     base = merging.get_base_layer()
     return base.weight.detach(), None if getattr(base, "bias", None) is None else base.bias.detach()
 
