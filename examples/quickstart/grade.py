@@ -58,13 +58,16 @@ def grade(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Result:
     forms = [expected(row) for row in rows]
     found = [parse(answer) for answer in answers]
     names = list(dict.fromkeys(name for form in forms for name in form))
-    correct = tuple(_same(form, answer) for form, answer in zip(forms, found))
+    correct = tuple(_same(form, answer) for form, answer in zip(forms, found, strict=True))
     count = len(forms)
     return Result(
         total=count,
         exact=sum(correct) / count,
         valid_json=sum(answer is not None for answer in found) / count,
-        fields={name: sum(_has(answer, form, name) for form, answer in zip(forms, found)) / count for name in names},
+        fields={
+            name: sum(_has(answer, form, name) for form, answer in zip(forms, found, strict=True)) / count
+            for name in names
+        },
         correct=correct,
     )
 

@@ -146,12 +146,13 @@ def test_validation_split_by_rows_and_at_least_one():
 
 
 def test_only_sampled_rows_are_decoded(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    rows = [{"prompt": "q", "completion": f"a{n}"} for n in range(300)]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
     kept = answers(DatasetProcessor(path, sample_limit=5).prepare()[0])
-    broken = [json.dumps(row) if row["completion"] in kept else "{broken" for row in ROWS]
-    broken[0] = json.dumps(ROWS[0])  # columns come from the first rows
-    path.write_text("\n".join(broken))
-    with pytest.raises(DataError, match="is not JSON"):
+    lines = [json.dumps(row) if n < 100 or row["completion"] in kept else "{broken" for n, row in enumerate(rows)]
+    path.write_text("\n".join(lines))  # the first hundred are looked at for the columns
+    assert answers(DatasetProcessor(path, sample_limit=5).prepare()[0]) == kept
+    with pytest.raises(DataError, match=r"d\.jsonl:101 is not JSON"):
         DatasetProcessor(path).prepare()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from hyperion.monitoring.metrics import MetricsFile
 from hyperion.monitoring.plot import draw_loss_curve, smoothed
 

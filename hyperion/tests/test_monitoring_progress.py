@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Console
+
 from hyperion.monitoring import progress as module
 from hyperion.monitoring.progress import RichProgress
-from rich.console import Console
 
 
 def shown(terminal):
@@ -33,14 +34,19 @@ def test_a_slow_task_off_terminal_says_where_it_is(monkeypatch):
     assert lines == ["tokenizing: 20/40", "tokenizing: 40/40", "tokenizing: done, 40 in 30 s"]
 
 
-def test_a_task_may_run_inside_another_and_an_exception_closes_both():
-    progress, text = shown(True)
-    with pytest.raises(ValueError, match="inner"), progress.task("training", 4) as outer:
+def nested_failure(progress):
+    with progress.task("training", 4) as outer:
         outer(2)
         with progress.task("evaluating", 8) as inner:
             inner(8)
             progress.say("[bold] stays as it is")
             raise ValueError("inner")
+
+
+def test_a_task_may_run_inside_another_and_an_exception_closes_both():
+    progress, text = shown(True)
+    with pytest.raises(ValueError, match="inner"):
+        nested_failure(progress)
     assert "training" in text.getvalue()
     assert "evaluating" in text.getvalue()
     assert "[bold] stays as it is" in text.getvalue()

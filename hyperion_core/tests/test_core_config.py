@@ -35,8 +35,8 @@ class Outer(StrictModel):
     name: str
     mode: Literal["fast", "slow"] = "slow"
     inner: Inner = Inner()
-    many: list[Inner] = []
-    by_name: dict[str, Inner] = {}
+    many: list[Inner] = Field(default_factory=list)
+    by_name: dict[str, Inner] = Field(default_factory=dict)
     either: Optional[Union[str, Inner]] = None  # noqa: UP007, UP045
 
 
@@ -113,7 +113,7 @@ def test_building_and_parsing_give_the_same_words_and_nesting_hides_nothing():
     assert {problem.path for problem in built.value.problems} == {"inner.alhpa", "mode", "name"}
     assert isinstance(built.value.__cause__, ValidationError)
     assert built.value.source == "Outer"
-    with pytest.raises(ConfigError, match="run.yaml has 1 problem:"):
+    with pytest.raises(ConfigError, match=r"run\.yaml has 1 problem:"):
         Outer.parse({}, source="run.yaml")
 
 
@@ -147,9 +147,7 @@ class Validating(StrictModel):
         return value
 
 
-@pytest.mark.parametrize(
-    "value, why", [(1, "one is not enough"), (2, "two is not enough"), (3, "no {three} here")]
-)
+@pytest.mark.parametrize("value, why", [(1, "one is not enough"), (2, "two is not enough"), (3, "no {three} here")])
 def test_a_plugins_own_validator_is_heard_beside_the_other_errors(value, why):
     found = problems({"a": value, "b": 1}, Validating)
     assert set(found) == {"a", "b"} and found["a"].why == why

@@ -57,7 +57,12 @@ def test_the_order_is_stable_and_other_groups_are_left_out(fake_dist):
 
 
 def test_requirements_of_extras_and_other_platforms_do_not_count(fake_dist):
-    requires = ["Hyperion_Core>=1,<2", "no-such; extra == 'more'", "no-such; sys_platform == 'beos'", "not a requirement!"]
+    requires = [
+        "Hyperion_Core>=1,<2",
+        "no-such; extra == 'more'",
+        "no-such; sys_platform == 'beos'",
+        "not a requirement!",
+    ]
     _, (entry,) = written(fake_dist, requires=requires)
     assert entry.missing == () and entry.fits_contract()
 

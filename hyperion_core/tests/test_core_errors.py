@@ -10,9 +10,7 @@ from hyperion_core.suggest import closest, did_you_mean
 
 def test_an_error_renders_what_why_and_fix():
     error = HyperionError("the thing failed", why="it was late", fix="python -m pip install sleep\nand try again")
-    assert str(error) == (
-        "the thing failed\n  why: it was late\n  fix: python -m pip install sleep\n  and try again"
-    )
+    assert str(error) == ("the thing failed\n  why: it was late\n  fix: python -m pip install sleep\n  and try again")
     assert str(HyperionError("short")) == "short"
     assert error.exit_code == 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, Optional, Union
+from typing import Any, Dict, Literal, Optional, Union  # noqa: UP035
 
 import pytest
 from hyperion_core.config import AdapterConfig
@@ -28,6 +28,7 @@ class Config(Base):
     worse: "not an expression(" = None
     shape: tuple[int, ...] = (1,)
     wrong: int[str] = 1
+    called: make() = 1
     required: bool
     chosen: int = field(init=False, default=3)
     _private: int = 1
@@ -55,11 +56,12 @@ def test_annotations_defaults_and_help_are_read(library):
         "kind": Union[str, None],  # noqa: UP007
         "exotic": Optional[Any],  # noqa: UP045
         "exotic_origin": Any,
-        "pairs": dict[str, int],
+        "pairs": Dict[str, int],  # noqa: UP006
         "odd": Any,
         "worse": Any,
         "shape": tuple[int, ...],
         "wrong": Any,
+        "called": Any,
         "required": bool,
     }
     assert (fields["r"].default, fields["required"].default) == ("8", None)

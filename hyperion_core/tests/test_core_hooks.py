@@ -90,6 +90,13 @@ def test_an_argument_that_the_hook_does_not_have():
     assert error.fix == 'did you mean "optimizer"?'
 
 
+def test_an_open_end_is_no_argument_of_a_hook_for_nothing_would_arrive_in_it():
+    class Mine(Scheduler):
+        def scheduler_build(self, config, **rest): ...
+
+    assert "scheduler_build does not have: rest" in refused(Mine).what
+
+
 def test_a_hook_of_another_kind():
     class Mine(Building):
         def adapter_loss(self, model, name): ...
@@ -171,7 +178,7 @@ def test_a_call_reaches_the_named_plugin_alone():
     assert called == ["one", "two"]
     assert hooks.adapter("one").adapter_loss(model=None, name="a") is None, "an optional hook that it lacks"
     with pytest.raises(AttributeError):
-        hooks.adapter("one").adapter_zzz
+        _ = hooks.adapter("one").adapter_zzz
     with pytest.raises(KeyError, match='no adapter called "three"'):
         hooks.adapter("three")
 
@@ -232,9 +239,7 @@ def test_an_observer_that_raises_is_warned_about_once_and_muted_everywhere(caplo
         hooks.observe("run_end", artifact=None, ctx=None)
     assert (Faulty.calls, good.seen) == (1, [1, 2, 3])
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "observer faulty raised in run_step and is muted for this run: OSError('disk full')"
-    )
+    assert record.getMessage() == ("observer faulty raised in run_step and is muted for this run: OSError('disk full')")
 
 
 def test_an_observer_may_wrap_another_observers_hook():

@@ -99,9 +99,7 @@ def test_an_entry_point_to_nothing_is_a_load_error(one):
 
 def test_a_broken_plugin_that_nobody_asked_for_breaks_nothing(one, fake_dist, plugin_source):
     one(BROKEN)
-    fake_dist(
-        "bolt-cold", {"hyperion.schedulers": {"cold": "bolt_cold:Fake"}}, {"bolt_cold": plugin_source(Scheduler)}
-    )
+    fake_dist("bolt-cold", {"hyperion.schedulers": {"cold": "bolt_cold:Fake"}}, {"bolt_cold": plugin_source(Scheduler)})
     found = fake_dist.registry()
     assert found.load("scheduler", "cold").__module__ == "bolt_cold"
     assert {entry.name: found.state(entry) for entry in found.entries()} == {"cold": "ok", "warm": "ok"}
@@ -125,6 +123,13 @@ def test_a_requirement_that_the_metadata_hides_is_missed_by_import(one):
     assert caught.value.fix.startswith("python -m pip install no_such_library,")
     assert "acme-warm" in caught.value.fix
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_a_plugin_that_explains_itself_while_it_is_imported_is_heard(one):
+    source = "from hyperion_core.foreign import foreign_fields\nforeign_fields('no_such_library', 'a.py', 'A')"
+    with pytest.raises(PluginRequirementError) as caught:
+        one(source).load("scheduler", "warm")
+    assert caught.value.fix == "python -m pip install no_such_library"
 
 
 def test_a_plugin_without_its_own_module_is_broken_not_lacking(one):
@@ -171,7 +176,9 @@ def test_hooks_are_checked_when_a_plugin_is_loaded(one):
 
 
 def test_a_public_name_lives_in_a_plugin(fake_dist):
-    fake_dist("acme-warm", {"hyperion.exports": {"WarmConfig": "acme_warm:WarmConfig"}}, {"acme_warm": "WarmConfig = 7"})
+    fake_dist(
+        "acme-warm", {"hyperion.exports": {"WarmConfig": "acme_warm:WarmConfig"}}, {"acme_warm": "WarmConfig = 7"}
+    )
     assert fake_dist.registry().exported("WarmConfig") == 7
     with pytest.raises(PluginNotFoundError, match="WramConfig") as caught:
         fake_dist.registry().exported("WramConfig")

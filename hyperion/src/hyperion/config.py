@@ -41,7 +41,7 @@ class DatasetConfig(StrictModel):
     validation_split: Annotated[float, Field(ge=0, lt=1)] | PositiveInt = Field(
         0.0, description="Share, or number, of the rows to evaluate on."
     )
-    seed: int = Field(42, ge=0, description="Of the shuffle behind sample_limit and validation_split.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the shuffle behind sample_limit and validation_split.")
 
 
 class FinetuneConfig(StrictModel):

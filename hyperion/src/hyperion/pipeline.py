@@ -158,18 +158,28 @@ def prepare_data(
         provenance["fingerprint"] = getattr(train, "_fingerprint", None)
     objective = planned.hooks.plugin("objective", config.objective.type)
     sequences: Callable[..., Any] = partial(objective.objective_sequences, config.objective)  # type: ignore[attr-defined]
-    identity = f"{type(objective).__module__}.{type(objective).__qualname__} {config.objective.model_dump_json()}"
+    choice = next(choice for choice in planned.plan.choices if choice.kind == "objective")
+    identity = f"{choice.distribution} {choice.version} {config.objective.model_dump_json()}"
     tokenized = partial(
         tokenize, tokenizer=tokenizer, sequences=sequences, max_length=config.training.max_length,
         cache_dir=ctx.cache / "tokens", fingerprint_of=identity, progress=ctx.progress,
     )  # fmt: skip
     tokens, report = tokenized(train)
-    ctx.log.info("training data: %s", report)
+    _tell("training data", report, ctx)
     held_out = None
     if evaluation is not None and len(evaluation):
         held_out, evaluation_report = tokenized(evaluation)
-        ctx.log.info("evaluation data: %s", evaluation_report)
+        _tell("evaluation data", evaluation_report, ctx)
     return Tokens(tokens, held_out, report, provenance)
+
+
+def _tell(what: str, report: TokenReport, ctx: RunContext) -> None:
+    ctx.log.info(
+        "%s: %d rows, %d tokens, %d of them learnt, longest row %d",
+        what, report.rows, report.tokens, report.supervised, report.longest,
+    )  # fmt: skip
+    for warning in report.warnings:
+        ctx.log.warning("%s: %s", what, warning)
 
 
 def load_base(
@@ -270,7 +280,7 @@ def leave_artifact(
     )
     tokenizer.save_pretrained(ctx.output)
     return write_artifact(
-        ctx.output, planned, config, metrics=fitted.metrics, data=tokens.provenance | asdict(tokens.report)
+        ctx.output, planned, config, metrics=fitted.metrics, data={**tokens.provenance, "tokenized": asdict(tokens.report)}
     )
 
 

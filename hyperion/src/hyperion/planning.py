@@ -163,7 +163,9 @@ def _processor(config: FinetuneConfig, problems: list[Problem]) -> DatasetProces
     if config.dataset is None:
         return None
     try:
-        return DatasetProcessor(**config.dataset.given(), base_dir=config.base_dir)
+        processor = DatasetProcessor(**config.dataset.given(), base_dir=config.base_dir)
+        processor.detected_format()  # raises for columns that no format has, and for templates without effect
+        return processor
     except DataArgumentsError as error:
         problems += [problem.at("dataset") for problem in error.problems]
     except DataError as error:

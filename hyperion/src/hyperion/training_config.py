@@ -115,7 +115,7 @@ class TrainingConfig(StrictModel):
     save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; the best one is always kept.")
     eval_samples: NonNegativeInt = Field(3, description="Answers generated and shown at each evaluation.")
     eval_samples_max_new_tokens: PositiveInt = Field(64, description="Length of each of them, in tokens.")
-    seed: NonNegativeInt = Field(42, description="Of initialisation, dropout, data order and split.")
+    seed: NonNegativeInt = Field(42, lt=2**32, description="Of initialisation, dropout, data order and split.")
     push_to_hub: bool = Field(False, description="Upload the finished artifact.")
     hub_model_id: str | None = Field(None, description="owner/name to upload to; required with push_to_hub.")
     hub_private_repo: bool | None = Field(None, description="Create the repository as a private one.")

@@ -1,4 +1,4 @@
-"""A tiny run: random models, ragged rows, and an adapter of our own, so that the engine is seen to assume no library."""
+"""A tiny run: random models, ragged rows, and an adapter of our own: the engine is seen to assume no library."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class LowRank(Adapter):
     config_class = LowRankConfig
 
     def modules(self, model):
-        return {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj")) and isinstance(m, nn.Linear)}
+        return {
+            n: m for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj")) and isinstance(m, nn.Linear)
+        }
 
     def adapter_targets(self, config, model):
         return []
@@ -58,14 +60,19 @@ class LowRank(Adapter):
         def named(part):
             return tuple((f"{n}.{part}", getattr(m, part)) for n, m in self.modules(model).items())
 
-        return [ParamGroup("a", named("lowrank_a")), ParamGroup("b", named("lowrank_b"), lr_ratio=config.lr_ratio, weight_decay=0.0)]
+        return [
+            ParamGroup("a", named("lowrank_a")),
+            ParamGroup("b", named("lowrank_b"), lr_ratio=config.lr_ratio, weight_decay=0.0),
+        ]
 
     def adapter_activate(self, model, weights):
         for module in self.modules(model).values():
             module.lowrank_on = bool(weights)
 
     def adapter_save(self, model, name, config, folder, for_resume):
-        tensors = {n: p.detach().contiguous() for g in self.adapter_param_groups(model, name, config) for n, p in g.parameters}
+        tensors = {
+            n: p.detach().contiguous() for g in self.adapter_param_groups(model, name, config) for n, p in g.parameters
+        }
         save_file(tensors, folder / "lowrank.safetensors")
         (folder / "config.json").write_text(config.model_dump_json())
         return [folder / "lowrank.safetensors", folder / "config.json"]
@@ -107,7 +114,8 @@ class MeanNegative(Objective):
 class Linear(Scheduler):
     def scheduler_build(self, config, optimizer, horizons):
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, [lambda step, h=h: min((step + 1) / max(h.warmup, 1), 1 - step / (2 * h.total)) for h in horizons]
+            optimizer,
+            [lambda step, h=h: min((step + 1) / max(h.warmup, 1), 1 - step / (2 * h.total)) for h in horizons],
         )
 
 
@@ -218,6 +226,5 @@ class TinyRun:
 def tiny():
     """The parts above, for tests to build with."""
     return SimpleNamespace(
-        Run=TinyRun, LowRankConfig=LowRankConfig, rows=ragged_rows, llama=tiny_llama, vocabulary=VOCABULARY,
-        Tokenizer=Tokenizer,
-    )  # fmt: skip
+        Run=TinyRun, LowRank=LowRank, LowRankConfig=LowRankConfig, rows=ragged_rows, llama=tiny_llama
+    )

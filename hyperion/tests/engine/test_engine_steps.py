@@ -6,15 +6,17 @@ import math
 
 import pytest
 import torch
-from hyperion.data.collate import Collator
-from hyperion.engine.engine import Engine
-from hyperion.engine.fit import training_arguments
-from hyperion.engine.sampler import EpochSampler
 from hyperion_core.config import PluginConfig
 from hyperion_core.errors import TrainingError
 from hyperion_core.facts import ParamGroup
-from hyperion_core.kinds import Adapter
+from hyperion_core.kinds import Adapter, Objective
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hyperion.data.collate import Collator
+from hyperion.engine.engine import Engine
+from hyperion.engine.fit import training_arguments
+from hyperion.engine.loss import supervised_logprobs
+from hyperion.engine.sampler import EpochSampler
 
 
 class FirstStep(TrainerCallback):
@@ -28,12 +30,12 @@ class FirstStep(TrainerCallback):
         control.should_training_stop = True
 
 
-def engine_of(run, model, adapter="lowrank", **changes):
+def engine_of(run, model, adapter="lowrank", objective="mean", **changes):
     callback = FirstStep()
     arguments = {**run.arguments, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "logging_steps": 1}
     engine = Engine(
         model, training_arguments({**arguments, "save_strategy": "no", **changes}), hooks=run.hooks, ctx=run.ctx,
-        adapter=(adapter, run.config), objective=("mean", PluginConfig()),
+        adapter=(adapter, run.config), objective=(objective, PluginConfig()),
         scheduler=("linear", PluginConfig()), train=run.train, evaluation=run.evaluation, collator=Collator(0),
         callbacks=[callback],
     )  # fmt: skip
@@ -157,6 +159,56 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tiny, tmp_path
         run.fit(model=model)
 
 
+def test_the_adapters_own_loss_and_its_turn_after_each_step(tiny, tmp_path):
+    calls = []
+
+    def penalty(self, model, name):
+        return sum(m.lowrank_a.square().sum() for m in self.modules(model).values())
+
+    def after_step(self, model, name, step, total):
+        # AdaLoRA reads gradients here: they must still be there
+        assert all(m.lowrank_a.grad is not None for m in self.modules(model).values())
+        calls.append((step, total))
+
+    run = tiny.Run(tmp_path, train=tiny.rows(8), max_steps=2)
+    plain, plain_loss = first_step(run, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    model = run.model()
+    expected = {n: g + 2 * dict(model.named_parameters())[n].detach() * n.endswith("_a") for n, g in plain.items()}
+    more = {"adapter_loss": penalty, "adapter_after_step": after_step}
+    run.hooks.add(type("Penalised", (tiny.LowRank,), more)(), "penalised")
+    found, loss = first_step(
+        run, model, adapter="penalised", per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    assert_equal(found, expected)
+    assert loss - plain_loss == pytest.approx(float(penalty(tiny.LowRank(), run.model(), "").detach()), rel=1e-4)
+    assert calls == [(1, 2)]
+
+
+def test_an_objective_may_compare_with_the_base(tiny, tmp_path):
+    seen = []
+
+    class Compare(Objective):
+        def objective_sequences(self, config, row):
+            return []
+
+        def objective_needs_reference(self, config):
+            return True
+
+        def objective_loss(self, config, logps, segments, reference, normalizer):
+            seen.append((segments.token.clone(), reference))
+            return (reference - logps).sum() / normalizer, {}
+
+    run = tiny.Run(tmp_path, train=tiny.rows(2), config=tiny.LowRankConfig(dropout=0.5))
+    run.hooks.add(Compare(), "compare")
+    gradients, _ = first_step(run, objective="compare")
+    token, reference = seen[0]
+    base = supervised_logprobs(tiny.llama(), Collator(0)(list(run.train)))
+    assert torch.equal(token, base.token)
+    torch.testing.assert_close(reference, base.logps.detach())
+    assert not reference.requires_grad
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
 def test_evaluation_weighs_tokens_not_batches(tiny, tmp_path):
     rows = tiny.rows(9, seed=8, longest=30)
     run = tiny.Run(tmp_path, evaluation=rows, per_device_eval_batch_size=2)
@@ -165,7 +217,7 @@ def test_evaluation_weighs_tokens_not_batches(tiny, tmp_path):
     total, count = 0.0, 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
-        logs = model(ids).logits[0, :-1].log_softmax(-1)
+        logs = model(ids).logits[0, :-1].detach().log_softmax(-1)
         learnt = labels != -100
         total -= float(logs[learnt].gather(1, labels[learnt, None]).sum())
         count += int(learnt.sum())
@@ -192,7 +244,8 @@ def test_data_order_is_a_function_of_seed_and_epoch():
     assert order(1, 3, "sequential") == list(range(400))
     lengths = [7 * i % 50 for i in range(400)]
     grouped = order(1, 0, "group_by_length", lengths=lengths, group=5)
-    spread = [max(part) - min(part) for part in zip(*[iter([lengths[i] for i in grouped])] * 5)]
+    steps = [[lengths[row] for row in grouped[start : start + 5]] for start in range(0, 400, 5)]
+    spread = [max(step) - min(step) for step in steps]
     assert sorted(grouped) == list(range(400))
     assert sum(spread) / len(spread) < 5  # of 50 lengths, those of one step lie close together
     assert grouped != order(1, 1, "group_by_length", lengths=lengths, group=5)

@@ -8,10 +8,11 @@ import re
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
+
 from hyperion.monitoring.metrics import MetricsFile
 from hyperion.monitoring.progress import RichProgress
 from hyperion.monitoring.samples import prompts_of
-from rich.console import Console
 
 
 def watched_run(tiny, folder, terminal):

@@ -27,8 +27,8 @@ class IA3Config(AdapterConfig):
     type: str = "ia3"
     target_modules: str | list[str] | None = Field(
         None,
-        description='Modules to scale: names or last parts of names, a regular expression over whole names, or "all-linear".'
-        " Left out: keys, values and the second feed-forward projection, found by their names and shapes.",
+        description="Modules to scale: names or last parts of names, a regular expression over whole names, or"
+        ' "all-linear". Left out: keys, values and the second feed-forward projection, found by name and shape.',
     )
     feedforward_modules: str | list[str] | None = Field(
         None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import CompatibilityError
 from hyperion_core.facts import Capabilities, ModelFacts, ModuleFact, Workload
+
 from hyperion_peft import PeftAdapter, Selection, Targets, compact, peft_mapping
 from hyperion_peft.cost import BYTES
 
@@ -104,7 +105,7 @@ def _default_targets(model: ModelFacts) -> list[str]:
         return list(table)
     raise CompatibilityError(
         f"keys, values and feed-forward modules of {model.source} are not known",
-        why=f"neither its modules' names and shapes nor peft's table for {model.model_type or 'its architecture'!r} show"
-        f" them; its modules are called {', '.join(model.short_names())}",
+        why=f"neither its modules' names and shapes nor peft's table for {model.model_type or 'its architecture'!r}"
+        f" show them; its modules are called {', '.join(model.short_names())}",
         fix="name them: target_modules, and feedforward_modules for those whose input is to be scaled",
     )

@@ -12,11 +12,47 @@ from collections.abc import Iterable
 from hyperion_core.facts import ModelFacts, ModuleFact, is_output_head
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_KEYS_VALUES = frozenset("k_proj v_proj key value key_proj value_proj k v wk wv to_k to_v k_lin v_lin lin_k lin_v".split())
+_KEYS_VALUES = frozenset(
+    {
+        "k_proj",
+        "v_proj",
+        "key",
+        "value",
+        "key_proj",
+        "value_proj",
+        "k",
+        "v",
+        "wk",
+        "wv",
+        "to_k",
+        "to_v",
+        "k_lin",
+        "v_lin",
+        "lin_k",
+        "lin_v",
+    }
+)
 # Where queries, keys and values are one module, it is scaled as a whole, as PEFT does.
-_FUSED = frozenset("qkv_proj query_key_value c_attn Wqkv qkv in_proj wqkv W_pack qkv_lin att_proj".split())
-_ATTENTION_OUT = frozenset("o_proj out_proj dense out wo to_out out_lin attn_out".split())
-_SECOND = frozenset("down_proj fc2 fc_out dense_4h_to_h w2 wo c_proj ff_out lin2 output_linear ffn_down proj_2".split())
+_FUSED = frozenset(
+    {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj", "wqkv", "W_pack", "qkv_lin", "att_proj"}
+)
+_ATTENTION_OUT = frozenset({"o_proj", "out_proj", "dense", "out", "wo", "to_out", "out_lin", "attn_out"})
+_SECOND = frozenset(
+    {
+        "down_proj",
+        "fc2",
+        "fc_out",
+        "dense_4h_to_h",
+        "w2",
+        "wo",
+        "c_proj",
+        "ff_out",
+        "lin2",
+        "output_linear",
+        "ffn_down",
+        "proj_2",
+    }
+)
 
 
 def attention_modules(facts: ModelFacts) -> list[ModuleFact]:

@@ -14,7 +14,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("megatron_config", "megatron_core"), "it belongs to Megatron's parallel layers"),
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), "it initialises from data or gradients"),
-    **dict.fromkeys(("loftq_config", "kasa_config", "layer_replication"), "it changes the base, which must stay as it is"),
+    **dict.fromkeys(
+        ("loftq_config", "kasa_config", "layer_replication"), "it changes the base, which must stay as it is"
+    ),
     "runtime_config": "it is no part of an adapter",
     "target_parameters": "it wraps parameters that are no module, which merging and routing cannot address",
     "alora_invocation_tokens": "it acts from some tokens on only, and cannot be merged",
@@ -32,7 +34,9 @@ _NEED_DATA = ("eva",)
 
 @with_foreign_fields("peft", "tuners/lora/config.py", "LoraConfig", leave_out=(*REFUSED, *_NOT_FIELDS))
 class LoraConfig(AdapterConfig):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), with DoRA (arXiv:2402.09353) and rsLoRA (arXiv:2312.03732).
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685).
+
+    With DoRA (arXiv:2402.09353) and rsLoRA (arXiv:2312.03732).
 
     A wrapped module computes Wx + (lora_alpha / r) BAx, where A is (r, in) and B is (out, r).
 
@@ -44,8 +48,8 @@ class LoraConfig(AdapterConfig):
     lora_alpha: PositiveInt | PositiveFloat = Field(8, description="The update is scaled by lora_alpha / r.")
     target_modules: str | list[str] | None = Field(
         None,
-        description='Modules to wrap: names or last parts of names, a regular expression over whole names, or "all-linear".'
-        " Left out: what PEFT wraps on this architecture, or all linear modules where it does not know it.",
+        description="Modules to wrap: names or last parts of names, a regular expression over whole names, or"
+        ' "all-linear". Left out: what PEFT wraps on this architecture, or all linear modules where it knows none.',
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what goes into A.")
     bias: Literal["none", "all", "lora_only"] = Field(
@@ -54,7 +58,9 @@ class LoraConfig(AdapterConfig):
     task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="Causal language models only.")
     exclude_modules: str | list[str] | None = Field(None, description="Modules to leave out, named as target_modules.")
     modules_to_save: list[str] | None = Field(None, description="Modules to train in full and save beside the adapter.")
-    use_dora: bool = Field(False, description="Train the magnitude of each weight column apart from its direction (DoRA).")
+    use_dora: bool = Field(
+        False, description="Train the magnitude of each weight column apart from its direction (DoRA)."
+    )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (rsLoRA).")
     init_lora_weights: bool | str = Field(
         True, description='Start: true (no change at first), false (random), "gaussian" or "orthogonal".'
@@ -77,7 +83,9 @@ class LoraConfig(AdapterConfig):
         problems += _initialisation(data)
         targets, layers = data.get("target_modules"), data.get("layers_to_transform")
         if isinstance(targets, list) and not targets:
-            problems.append(Problem("target_modules", "target_modules is empty", fix='name modules, or write "all-linear"'))
+            problems.append(
+                Problem("target_modules", "target_modules is empty", fix='name modules, or write "all-linear"')
+            )
         if isinstance(targets, str) and layers is not None:
             problems.append(
                 Problem("layers_to_transform", "layers_to_transform needs target_modules as a list",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import Problem
 from hyperion_core.facts import Capabilities, ModelFacts, ModuleFact, Provides, Workload
+
 from hyperion_peft import ALL_LINEAR, PeftAdapter, Selection, Targets, peft_mapping
 from hyperion_peft.cost import BYTES, fp32_copy
 
@@ -38,9 +39,7 @@ class LoraAdapter(PeftAdapter):
             layers_pattern=config.layers_pattern,
         )
 
-    def peft_config(
-        self, config: LoraConfig, targets: Targets, tokens: Mapping[str, list[int]]
-    ) -> peft.LoraConfig:
+    def peft_config(self, config: LoraConfig, targets: Targets, tokens: Mapping[str, list[int]]) -> peft.LoraConfig:
         import peft
 
         options = {key: value for key, value in config.given().items() if key != "type"}

@@ -63,9 +63,10 @@ def installed_plugins(path: list[str] | None = None) -> list[PluginEntry]:
         text = distribution.read_text("entry_points.txt") or ""
         if "hyperion." not in text:
             continue
-        name = distribution.metadata["Name"]
-        if not name:  # what an interrupted uninstall leaves behind
+        metadata = distribution.metadata
+        if "Name" not in metadata or "Version" not in metadata:  # what an interrupted uninstall leaves behind
             continue
+        name = metadata["Name"]
         if canonicalize_name(name) in seen:  # an older copy further down the path, which Python never imports
             continue
         seen.add(canonicalize_name(name))
@@ -110,11 +111,12 @@ def _missing(requirements: list[Requirement]) -> Iterable[str]:
         if canonicalize_name(requirement.name) == CORE:
             continue
         try:
-            version = importlib.metadata.version(requirement.name)
+            metadata = importlib.metadata.metadata(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             yield str(requirement)
             continue
         try:
+            version = metadata["Version"] if "Version" in metadata else ""  # noqa: SIM401 - typed without get
             fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
         except InvalidVersion:
             fits = False

@@ -253,8 +253,6 @@ def _is_wrapper(plugin: type[Plugin], name: str) -> bool:
 def _check_arguments(plugin: type[Plugin], name: str, whose: str) -> None:
     known = _parameters(name)
     for argument in list(inspect.signature(getattr(plugin, name)).parameters.values())[1:]:
-        if argument.kind in (argument.VAR_KEYWORD, argument.VAR_POSITIONAL):
-            continue
         if argument.name not in known:
             raise PluginHookError(
                 f"{whose} takes an argument that {name} does not have: {argument.name}",

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+_SHOWN = ("train_loss", "eval_loss")
+
 
 def train(
     config: Path = typer.Argument(help="YAML or JSON file of the run."),
@@ -34,7 +36,7 @@ def train(
     artifact = trainer.train(output_dir=output_dir, resume=resume, **changed)
 
     console = out()
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in artifact.metrics.items())
+    figures = ", ".join(f"{name} {artifact.metrics[name]:.4f}" for name in _SHOWN if name in artifact.metrics)
     console.print(f"[green]done[/green]: {figures}")
     for name, what in (("README.md", "model card"), ("loss.png", "loss curve"), ("metrics.jsonl", "every figure")):
         if (artifact.folder / name).exists():

@@ -53,9 +53,7 @@ class Encoder:
         """A hash of everything in the tokenizer that decides about ids and labels."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            state = json.loads(backend.to_str())
-            state.pop("padding", None)  # left behind by earlier calls, and never used here
-            state.pop("truncation", None)
+            state: Any = backend.to_str()
         else:
             state = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         parts = [

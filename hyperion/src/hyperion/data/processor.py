@@ -241,7 +241,7 @@ def _good_rows(
     label: str,
     advance: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
-    """Converted rows; the first bad one stops the output, and a few more are looked for to be named with it."""
+    """Converted rows. A bad one is an error, raised once a few more have been found to be named with it."""
     bad: list[tuple[str, BadRow]] = []
     empty = True
     for place, row in located:
@@ -254,8 +254,7 @@ def _good_rows(
                 break
             continue
         advance(1)
-        if not bad:
-            yield good
+        yield good
     if bad:
         rows = "a row" if len(bad) == 1 else f"{len(bad)} rows" if len(bad) < _BAD_ROWS_SHOWN else "rows"
         raise DataError(

@@ -50,6 +50,8 @@ class Engine(Trainer):
 
     # compute_loss divides by the supervised tokens of the whole optimizer step: nothing is left to scale
     loss_is_scaled_for_ga = True
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -223,7 +225,7 @@ class Engine(Trainer):
         left_out = [name for key, name in trainable.items() if key not in set(grouped)]
         raise TrainingError(
             "the adapter's parameter groups are not what is trainable in the model",
-            why=f"{len(trainable)} tensors are trainable, {len(set(grouped))} stand in its groups ({len(grouped)} entries)"
+            why=f"{len(trainable)} tensors are trainable, its groups hold {len(set(grouped))} in {len(grouped)} entries"
             + (f"; left out: {', '.join(left_out[:5])}" if left_out else ""),
             fix="tell the authors of the adapter plugin: adapter_param_groups must give each trainable parameter once",
         )
@@ -323,7 +325,9 @@ class Engine(Trainer):
     def _set_best_checkpoint(self, written: Path | None = None) -> None:
         best = self.state.best_global_step
         path = checkpoint_path(Path(self.args.output_dir), best) if best else None
-        self.state.best_model_checkpoint = str(path) if path is not None and (path == written or path.is_dir()) else None
+        self.state.best_model_checkpoint = (
+            str(path) if path is not None and (path == written or path.is_dir()) else None
+        )
 
     def _sums(self) -> dict[str, Any]:
         """What transformers forgets at a checkpoint: the losses since the last line of the log, and our figures."""

@@ -128,7 +128,10 @@ def fit(
             model=base, name=ADAPTER_NAME, folder=best / ADAPTER_FOLDER, trainable=False, ctx=ctx  # type: ignore[operator]
         )  # fmt: skip
     return FitResult(
-        metrics={**finished.metrics, **_evaluation_at(state.log_history, state.best_global_step if load_best else None)},
+        metrics={
+            **finished.metrics,
+            **_evaluation_at(state.log_history, state.best_global_step if load_best else None),
+        },
         steps=state.global_step,
         best_checkpoint=best,
         model=model,

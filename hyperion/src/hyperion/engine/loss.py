@@ -62,7 +62,7 @@ def supervised_logprobs(model: Module, inputs: Mapping[str, Any], *, chunk_size:
     finish = postprocessing(model)
     parts = [
         checkpoint(_chunk, head, finish, part, ids, use_reentrant=False)
-        for part, ids in zip(rows.split(chunk_size), token.split(chunk_size))
+        for part, ids in zip(rows.split(chunk_size), token.split(chunk_size), strict=True)
     ]
     return Supervised(torch.cat(parts), sequence, token)
 

@@ -19,11 +19,11 @@ def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
     parts = [
         "---\n" + yaml.safe_dump(_front_matter(artifact, config), sort_keys=False, allow_unicode=True) + "---",
         f"# A {artifact.adapter['type']} adapter for {config.base_model}",
-        "Tuned with [Hyperion](https://github.com/hyperion-labs/hyperion). Every figure below was measured by this run.",
+        "Tuned with Hyperion. Every figure below was measured by this run.",
         _table("Training", [(label, text) for label, text in plan.rows() if label != "memory"]),
         _table("Results", [(name, f"{value:.6g}") for name, value in artifact.metrics.items()]),
         "Every logged step is in `metrics.jsonl`." + (" ![Loss](loss.png)" if (artifact.folder / "loss.png").exists() else ""),
-        _table("Data", [(key, _inline(value)) for key, value in artifact.data.items()]),
+        _table("Data", [(key, _inline(value)) for key, value in artifact.data.items() if value not in (None, [], {})]),
         _samples(artifact),
         _loading(artifact),
         "## Limits\n\nThe adapter was judged on the held-out rows of its own data alone. It inherits the limits, the biases "
@@ -54,7 +54,11 @@ def _cell(text: str) -> str:
 
 
 def _inline(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_inline(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return "; ".join(_inline(each) for each in value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _samples(artifact: Artifact, most: int = 3) -> str:

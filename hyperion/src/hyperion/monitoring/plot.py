@@ -31,7 +31,7 @@ def draw_loss_curve(metrics_file: Path, out_png: Path) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if training:
-        steps, losses = zip(*training)
+        steps, losses = zip(*training, strict=True)
         few = len(losses) < 10
         axes.plot(
             steps, losses, color=_SMOOTH if few else _RAW, linewidth=1, marker="." if few else "", label="training"
@@ -39,12 +39,10 @@ def draw_loss_curve(metrics_file: Path, out_png: Path) -> Path | None:
         if not few:
             axes.plot(steps, smoothed(losses), color=_SMOOTH, linewidth=2, label="training, smoothed")
     if evaluation:
-        steps, losses = zip(*evaluation)
+        steps, losses = zip(*evaluation, strict=True)
         axes.plot(steps, losses, color=_EVALUATION, linewidth=1.5, marker="o", markersize=5, label="evaluation")
         best = min(evaluation, key=lambda point: point[1])
-        axes.annotate(
-            f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center", color=_EVALUATION
-        )
+        axes.annotate(f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center", color=_EVALUATION)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a supervised token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

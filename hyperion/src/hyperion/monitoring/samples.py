@@ -91,10 +91,16 @@ class SampleWriter:
         # one row at a time: no padding, so nothing depends on how a model treats it
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self._end_tokens(model),
         )  # fmt: skip
         answer = model.generate(input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings)
         return answer[0, len(ids) :].tolist()
+
+    def _end_tokens(self, model: Any) -> list[int]:
+        """Where an answer ends: the tokenizer's token, and those of a chat model's own settings."""
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        known = own if isinstance(own, list) else [own]
+        return sorted({token for token in (*known, self.tokenizer.eos_token_id) if token is not None})
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -85,7 +85,7 @@ def memory_in_use() -> str:
         return f"{torch.cuda.max_memory_allocated() / MiB:,.0f} MiB GPU peak"
     if torch.backends.mps.is_available():
         return f"{torch.mps.driver_allocated_memory() / MiB:,.0f} MiB GPU"
-    import psutil
+    import psutil  # type: ignore[import-untyped,unused-ignore]
 
     return f"{psutil.Process().memory_info().rss / MiB:,.0f} MiB"
 

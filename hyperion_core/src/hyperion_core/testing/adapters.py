@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from ..live_facts import live_model_facts
 from ..plan import Plan
 from ..registry import registry as current_registry
 from ..specs import AdapterSpecs
+from .bits import copies, digest, equal, saved_tensors
 from .plugins import PluginConformance
 from .tiny import tiny_llama
 
@@ -127,7 +127,9 @@ class AdapterConformance(PluginConformance):
         needs = plugin_class.capabilities.needs
         assert needs <= KNOWN_NEEDS, f"capabilities.needs holds words that mean nothing: {sorted(needs - KNOWN_NEEDS)}"
         problem = check_pair(plugin_class, _OpaqueQuantizer)
-        assert (problem is not None) == ("dequantize" in needs), "a base without full-precision weights is judged wrongly"
+        assert (problem is not None) == ("dequantize" in needs), (
+            "a base without full-precision weights is judged wrongly"
+        )
         assert check_pair(plugin_class, _OpenQuantizer) is None, "a base that offers everything is refused"
 
     # --- training ---
@@ -155,7 +157,7 @@ class AdapterConformance(PluginConformance):
         self.train(hooks, model, config)
         last = self.loss(model)
         assert last < first, f"{STEPS} steps do not lower the loss: {first:.6f} before, {last:.6f} after"
-        changed = [name for name, (parameter, value) in before.items() if not _equal(parameter, value)]
+        changed = [name for name, (parameter, value) in before.items() if not equal(parameter, value)]
         assert not changed, f"training changed parameters of the base: {changed}"
 
     def test_the_seed_decides_alone(self, hooks: AdapterSpecs, config: AdapterConfig, tmp_path: Path) -> None:
@@ -166,20 +168,18 @@ class AdapterConformance(PluginConformance):
         for seed, surroundings in ((7, 1), (7, 2), (8, 1)):
             torch.manual_seed(surroundings)
             before = torch.get_rng_state()
-            model = hooks.adapter_apply(
-                model=self.base(), name=NAME, config=config, ctx=context(tmp_path, seed)
-            )
+            model = hooks.adapter_apply(model=self.base(), name=NAME, config=config, ctx=context(tmp_path, seed))
             assert torch.equal(torch.get_rng_state(), before), (
                 "adapter_apply draws from the run's random numbers: seed a generator of its own, or use fork_rng"
             )
-            start = _copies(self.declared(hooks, model, config))
+            start = copies(self.declared(hooks, model, config))
             torch.manual_seed(0)
             self.train(hooks, model, config)
-            runs.append((start, _copies(self.declared(hooks, model, config))))
+            runs.append((start, copies(self.declared(hooks, model, config))))
         for moment, one, two in (("at the start", runs[0][0], runs[1][0]), ("after training", runs[0][1], runs[1][1])):
-            differing = [name for name in one if not _equal(one[name], two[name])]
+            differing = [name for name in one if not equal(one[name], two[name])]
             assert not differing, f"the same ctx.seed gives other weights {moment}: {differing[:5]}"
-        same = all(_equal(runs[0][0][name], runs[2][0][name]) for name in runs[0][0])
+        same = all(equal(runs[0][0][name], runs[2][0][name]) for name in runs[0][0])
         if self.random_start:
             assert not same, "another ctx.seed gives the same start: use it, or set random_start = False on this test"
         else:
@@ -195,9 +195,9 @@ class AdapterConformance(PluginConformance):
         model = self.trained(hooks, config, ctx)
         tuned = self.logits(model)
         hooks.adapter_activate(model=model, weights={})
-        assert _equal(self.logits(model), expected), "with no adapter active the logits are not the base's, bit for bit"
+        assert equal(self.logits(model), expected), "with no adapter active the logits are not the base's, bit for bit"
         hooks.adapter_activate(model=model, weights={NAME: 1.0})
-        assert _equal(self.logits(model), tuned), "an adapter that is activated again gives other logits than before"
+        assert equal(self.logits(model), tuned), "an adapter that is activated again gives other logits than before"
 
     def test_a_second_adapter_leaves_the_first_untouched(
         self, hooks: AdapterSpecs, config: AdapterConfig, ctx: RunContext, tmp_path: Path
@@ -206,7 +206,7 @@ class AdapterConformance(PluginConformance):
         model = self.trained(hooks, config, ctx)
         tuned = self.logits(model)
         first = self.declared(hooks, model, config)
-        values = _copies(first)
+        values = copies(first)
         model = hooks.adapter_apply(model=model, name="second", config=config, ctx=context(tmp_path, 99))
         own = {id(p) for group in hooks.adapter_param_groups(model=model, name="second", config=config)
                for _, p in group.parameters}  # fmt: skip
@@ -215,13 +215,13 @@ class AdapterConformance(PluginConformance):
         assert not others, f"while the second adapter trains, these train too: {others}"
         hooks.adapter_activate(model=model, weights={"second": 1.0})
         self.train(hooks, model, config, "second")
-        changed = [name for name, parameter in first.items() if not _equal(parameter, values[name])]
+        changed = [name for name, parameter in first.items() if not equal(parameter, values[name])]
         assert not changed, f"training the second adapter changed the first: {changed}"
         hooks.adapter_activate(model=model, weights={NAME: 1.0})
-        assert _equal(self.logits(model), tuned), "beside a second adapter the first gives other logits"
+        assert equal(self.logits(model), tuned), "beside a second adapter the first gives other logits"
         model = hooks.adapter_unload(model=model, name="second")
         hooks.adapter_activate(model=model, weights={NAME: 1.0})
-        assert _equal(self.logits(model), tuned), "after the second adapter is gone the first gives other logits"
+        assert equal(self.logits(model), tuned), "after the second adapter is gone the first gives other logits"
 
     # --- files ---
 
@@ -236,7 +236,7 @@ class AdapterConformance(PluginConformance):
         hooks.adapter_save(model=model, name=NAME, config=config, folder=folder, for_resume=False)
         for name, trainable in ((NAME, True), ("another", False)):
             loaded = hooks.adapter_load(model=self.base(), name=name, folder=folder, trainable=trainable, ctx=ctx)
-            assert _equal(self.logits(loaded), tuned), f'loaded under the name "{name}" it gives other logits'
+            assert equal(self.logits(loaded), tuned), f'loaded under the name "{name}" it gives other logits'
             training = [n for n, p in loaded.named_parameters() if p.requires_grad]
             assert bool(training) == trainable, f"loaded with trainable={trainable}, these train: {training[:5]}"
 
@@ -254,8 +254,8 @@ class AdapterConformance(PluginConformance):
         )
         pickled = [path.name for path in written if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
         assert not pickled, f"weights are saved as pickles, which can run code: {pickled}; use safetensors"
-        saved = Counter(_digest(value) for path in written for value in _tensors(path))
-        declared = {name: _digest(value) for name, value in self.declared(hooks, model, config).items()}
+        saved = Counter(digest(value) for path in written for value in saved_tensors(path))
+        declared = {name: digest(value) for name, value in self.declared(hooks, model, config).items()}
         missing = [name for name, digest in declared.items() if digest not in saved]
         assert not missing, f"declared and trained, but not in the file: {missing}"
         extra = sum((saved - Counter(declared.values())).values())
@@ -274,7 +274,7 @@ class AdapterConformance(PluginConformance):
         expected = self.logits(other)
         with pytest.raises(ArtifactError):
             hooks.adapter_load(model=other, name=NAME, folder=folder, trainable=True, ctx=ctx)
-        assert _equal(self.logits(other), expected), "a base that was refused gives other logits than before"
+        assert equal(self.logits(other), expected), "a base that was refused gives other logits than before"
 
     # --- leaving ---
 
@@ -299,11 +299,11 @@ class AdapterConformance(PluginConformance):
             assert weight.shape == module.weight.shape and weight.dtype == torch.float32, (
                 f"adapter_merge_weight gives {tuple(weight.shape)} {weight.dtype} for {target}, not fp32 (out, in)"
             )
-            assert _equal(given[0], module.weight.detach()), "adapter_merge_weight changes the weight that it is given"
+            assert equal(given[0], module.weight.detach()), "adapter_merge_weight changes the weight that it is given"
             module.weight.data = weight
             if new_bias is not None:
                 module.bias = torch.nn.Parameter(new_bias)
-        assert _equal(self.logits(model), tuned), "adapter_merge_weight changes the model"
+        assert equal(self.logits(model), tuned), "adapter_merge_weight changes the model"
         distance = (self.logits(merged) - tuned).abs().max().item() / tuned.abs().max().item()
         assert distance <= self.merge_tolerance, f"merged and unmerged logits differ by {distance:.1e} of the largest"
 
@@ -316,9 +316,9 @@ class AdapterConformance(PluginConformance):
         assert type(model) is type(fresh), f"the model is a {type(model).__name__}, and was a {type(fresh).__name__}"
         left, right = model.state_dict(), fresh.state_dict()
         assert list(left) == list(right), f"other tensors than before: {sorted(set(left) ^ set(right))[:5]}"
-        changed = [name for name in right if not _equal(left[name], right[name])]
+        changed = [name for name in right if not equal(left[name], right[name])]
         assert not changed, f"unloading left these tensors of the base changed: {changed}"
-        assert _equal(self.logits(model), self.logits(fresh)), "the base gives other logits: something is left in it"
+        assert equal(self.logits(model), self.logits(fresh)), "the base gives other logits: something is left in it"
 
     # --- what the tests above are made of ---
 
@@ -343,7 +343,9 @@ class AdapterConformance(PluginConformance):
         with torch.no_grad():
             return float(model.eval()(input_ids=self.batch(), labels=self.batch()).loss)
 
-    def declared(self, hooks: AdapterSpecs, model: Module, config: AdapterConfig, name: str = NAME) -> dict[str, Tensor]:
+    def declared(
+        self, hooks: AdapterSpecs, model: Module, config: AdapterConfig, name: str = NAME
+    ) -> dict[str, Tensor]:
         groups = hooks.adapter_param_groups(model=model, name=name, config=config)
         return {parameter_name: parameter for group in groups for parameter_name, parameter in group.parameters}
 
@@ -353,7 +355,7 @@ class AdapterConformance(PluginConformance):
 
         groups = hooks.adapter_param_groups(model=model, name=name, config=config)
         optimizer = torch.optim.Adam(
-            [{"params": [p for _, p in group.parameters], "lr": self.learning_rate * group.lr_ratio} for group in groups]
+            [{"params": [p for _, p in g.parameters], "lr": self.learning_rate * g.lr_ratio} for g in groups]
         )
         model.train()
         for step in range(1, STEPS + 1):
@@ -389,35 +391,5 @@ class _OpenQuantizer(Quantizer):
     provides = Provides(bits=frozenset({4}), trainable=True, dequantize=True)
 
 
-def _equal(one: Tensor, two: Tensor) -> bool:
-    import torch
-
-    return one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two)
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
 def _order(groups: list[ParamGroup]) -> list[tuple[str, list[str]]]:
     return [(group.name, [name for name, _ in group.parameters]) for group in groups]
-
-
-def _tensors(path: Path) -> list[Tensor]:
-    if path.suffix != ".safetensors":
-        return []
-    from safetensors.torch import load_file
-
-    return list(load_file(path).values())
-
-
-def _digest(value: Tensor) -> str:
-    array = value.detach().cpu().contiguous()
-    head = f"{array.dtype}{tuple(array.shape)}".encode()
-    return hashlib.sha256(head + array.flatten().view(_bytes_type()).numpy().tobytes()).hexdigest()
-
-
-def _bytes_type() -> Any:
-    import torch
-
-    return torch.uint8

@@ -147,10 +147,10 @@ class Command:
         Raises:
             subprocess.TimeoutExpired: it hung.
         """
-        path = [str(folder) for folder in self._fakes.folders] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONPATH": os.pathsep.join([*map(str, self._fakes.folders), *given]),
             "NO_COLOR": "1",
             "TERM": "dumb",
             "COLUMNS": "200",

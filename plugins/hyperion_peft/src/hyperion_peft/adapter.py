@@ -230,6 +230,5 @@ class PeftAdapter(ABC, Adapter):
         return {name: list(ids) for name in (embeddings[0], *heads)}
 
 
-
 def _plain(names: str | Sequence[str]) -> str | list[str]:
     return names if isinstance(names, str) else list(names)

@@ -181,7 +181,7 @@ def state_of(model: nn.Module) -> BaseState:
     state = getattr(model, _STATE, None)
     if not isinstance(state, BaseState):
         peft_model = cast(PeftModel, model)
-        state = BaseState(set(), {name: 1.0 for name in peft_model.active_adapters})
+        state = BaseState(set(), dict.fromkeys(peft_model.active_adapters, 1.0))
         setattr(model, _STATE, state)
     return state
 
@@ -319,7 +319,9 @@ def _listed(model: PeftModel) -> str:
 
 def _no_adapter(model: nn.Module, name: str) -> CompatibilityError:
     there = _listed(model) if isinstance(model, PeftModel) else "none"
-    return CompatibilityError(f'the model has no adapter called "{name}"', why=f"in it: {there}", fix="name one of these")
+    return CompatibilityError(
+        f'the model has no adapter called "{name}"', why=f"in it: {there}", fix="name one of these"
+    )
 
 
 @contextmanager

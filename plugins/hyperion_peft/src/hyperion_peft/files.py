@@ -90,12 +90,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         pickled = (folder / _PICKLED).is_file()
         raise ArtifactError(
             f"{folder} has no {WEIGHTS}",
-            why=f"{_PICKLED} is a pickle, which can run code when it is read" if pickled else "the adapter is not whole",
+            why=f"{_PICKLED} is a pickle, which can run code as it is read" if pickled else "the adapter is not whole",
             fix="save it again with a current peft: model.save_pretrained(folder)" if pickled else "restore the file",
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read", why=str(error), fix="restore the file") from error
 

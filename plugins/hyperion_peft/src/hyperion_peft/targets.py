@@ -159,10 +159,13 @@ def peft_mapping(name: str) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
-                return dict(ast.literal_eval(node.value))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and _named(node, name):
+            return dict(ast.literal_eval(node.value))
     return {}
+
+
+def _named(node: ast.Assign, name: str) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
 
 
 def _chosen(selection: Selection, facts: ModelFacts) -> list[ModuleFact]:
@@ -237,9 +240,8 @@ def _ends_with_one(name: str, ends: Iterable[str]) -> bool:
 def _below(name: str, saved: str) -> bool:
     """Whether the module `name` is, or lies in, one that `saved` names."""
     parts = name.split(".")
-    return any(
-        (above := ".".join(parts[:length])) == saved or above.endswith(f".{saved}") for length in range(1, len(parts) + 1)
-    )
+    above = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return any(path == saved or path.endswith(f".{saved}") for path in above)
 
 
 def _shown(targets: str | Sequence[str]) -> str:
