@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class ReleaseLinks(MetadataHookInterface):
-    """Puts version ranges in place of the links to this checkout when a release is built.
+    """Puts version ranges in place of the links to this checkout when HYPERION_RELEASE=1 asks for a release.
 
-    A release is a build with HYPERION_RELEASE=1 in its environment, or one from a source archive, which has no
-    sibling distributions to link to.
+    That is for wheels. A source archive is the whole checkout, and links within itself as the checkout does.
     """
 
     def update(self, metadata: dict[str, Any]) -> None:
-        if os.environ.get("HYPERION_RELEASE") != "1" and not Path(self.root, "PKG-INFO").is_file():
+        if os.environ.get("HYPERION_RELEASE") != "1":
             return
         ranges = {requirement.partition(">=")[0]: requirement for requirement in self.config["released"]}
 

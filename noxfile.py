@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2025.11.12"
 nox.options.sessions = ["tests", "lint", "types", "core"]
 nox.options.error_on_missing_interpreters = False  # `core` runs on what is present, on a CI machine too
 
@@ -76,7 +76,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session(python=CORE_PYTHONS)
+@nox.session(python=CORE_PYTHONS, download_python="never")
 def core(session: nox.Session) -> None:
     """The core's own tests on every Python present, with nothing else installed: no framework, no torch."""
     install(session, "./hyperion_core[testing]")

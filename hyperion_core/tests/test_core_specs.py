@@ -14,11 +14,11 @@ from hyperion_core.specs import ALL_SPECS, hook_names, required_hooks
 
 STARS = {
     "AdapterSpecs": "targets estimate apply param_groups activate save load unload",
-    "QuantizerSpecs": "estimate load_kwargs modules save",
+    "QuantizerSpecs": "estimate load_kwargs after_load modules save",
     "SchedulerSpecs": "build",
     "CurriculumSpecs": "order",
     "ObjectiveSpecs": "sequences loss",
-    "StrategySpecs": "estimate setup in_force",
+    "StrategySpecs": "estimate setup in_force gather",
     "DeploySpecs": "render apply status delete",
     "BenchmarkSpecs": "tasks run",
     "TrackerSpecs": "start log",

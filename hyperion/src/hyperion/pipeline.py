@@ -208,11 +208,8 @@ def load_base(
     )
     if config.quantization is not None:
         quantizer = planned.hooks.quantizer(quantizer_name(config))
-        model = (
-            quantizer.quantizer_after_load(
-                model=model, config=config.quantization, bits=uniform_bits(config), training=True
-            )
-            or model
+        model = quantizer.quantizer_after_load(
+            model=model, config=config.quantization, bits=uniform_bits(config), training=True
         )
     grow_embeddings(model, tokenizer, new_ids)
     return model

@@ -226,6 +226,9 @@ def _memory(
         checkpointing=bool(getattr(training, "gradient_checkpointing", False)),
     )
     adapter = hooks.adapter(config.adapter.type).adapter_estimate(config=config.adapter, model=facts, work=work)
+    # Rows of the embedding, and of a head of its own, that the run adds: no adapter can know of them while planning.
+    rows = len(config.new_tokens) * facts.hidden_size * (1 if facts.tied_embeddings else 2)
+    adapter = adapter + Cost({"adapter": 4 * rows})
     quantizer: Cost | None = None
     if config.quantization is not None and bits is not None:
         quantizer = hooks.quantizer(quantizer_name(config)).quantizer_estimate(

@@ -72,10 +72,11 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(name):
     check_head(model, ragged_batch())
 
 
-def test_lora_on_the_output_head_is_part_of_the_loss():
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]])  # alone: no hidden state carries gradient
+def test_lora_on_the_output_head_is_part_of_the_loss(targets):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
+    model = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules=targets))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

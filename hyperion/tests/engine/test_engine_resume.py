@@ -89,6 +89,7 @@ def test_the_best_model_comes_back_and_its_checkpoint_stays(tiny, tmp_path):
     assert result.metrics["eval_loss"] == evaluations[best]
     model = run.model(resume=result.best_checkpoint)
     assert all(torch.equal(run.trained(model)[name], t) for name, t in run.trained(result.model).items())
+    assert sum(p.requires_grad for p in result.model.parameters()) == len(run.trained(result.model)) > 0
     last = max(step for kind, step in run.recorder.calls if kind == "checkpoint")
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", f"checkpoint-{last}"}
 

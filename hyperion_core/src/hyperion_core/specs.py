@@ -172,7 +172,7 @@ class QuantizerSpecs:
 
     @driver
     def quantizer_after_load(self, model: Module, config: QuantizationConfig, bits: BitPlan, training: bool) -> Module:
-        """Make a loaded model trainable under an adapter, and verify that it is quantized as planned."""
+        """★ Make a loaded model trainable under an adapter, and verify that it is quantized as planned."""
 
     @driver
     def quantizer_modules(self, model: Module) -> Mapping[str, QuantInfo]:
@@ -276,7 +276,7 @@ class StrategySpecs:
 
     @driver
     def strategy_gather(self, model: Module, names: list[str]) -> AbstractContextManager[None]:
-        """Inside, the named parameters are whole: to save and to merge."""
+        """★ Inside, the named parameters are whole: to save and to merge."""
 
     @driver
     def strategy_save(self, model: Module, optimizer: Optimizer, folder: Path) -> None:

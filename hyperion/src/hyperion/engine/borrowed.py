@@ -14,15 +14,13 @@ def borrowed(model: Module, *, checkpointing: bool) -> Iterator[None]:
     """Inside, the trainer may lay autocast round `forward`, recompute activations and switch the cache off.
 
     Args:
-        checkpointing: activations will be recomputed in the backward pass; with a frozen base its reentrant form
-            needs inputs that carry gradient.
+        checkpointing: activations will be recomputed in the backward pass; transformers then makes the embeddings'
+            outputs carry gradient, too.
     """
     own_forward = vars(model).get("forward")
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     training = model.training
-    if checkpointing:
-        _call(model, "enable_input_require_grads")
     try:
         yield
     finally:

@@ -125,7 +125,7 @@ def fit(
         driver = hooks.adapter(adapter[0])
         base = driver.adapter_unload(model=model, name=ADAPTER_NAME)
         model = driver.adapter_load(
-            model=base, name=ADAPTER_NAME, folder=best / ADAPTER_FOLDER, trainable=False, ctx=ctx  # type: ignore[operator]
+            model=base, name=ADAPTER_NAME, folder=best / ADAPTER_FOLDER, trainable=True, ctx=ctx  # type: ignore[operator]
         )  # fmt: skip
     return FitResult(
         metrics={
