@@ -26,6 +26,7 @@ class Wording:
     other_numbers: tuple[int, ...]
 
 
+# fmt: off  (several words on a line)
 TRAIN = Wording(
     bodies={
         "refund": (

@@ -272,10 +272,13 @@ def leave_artifact(
     ctx: RunContext,
 ) -> Artifact:
     """Adapter, tokenizer, plan, versions, hashes, metrics, and a model card that tells them."""
+    from .monitoring.plot import draw_loss_curve
+
     planned.hooks.adapter(config.adapter.type).adapter_save(
         model=fitted.model, name=ADAPTER_NAME, config=config.adapter, folder=ctx.output, for_resume=False
     )
     tokenizer.save_pretrained(ctx.output)
+    draw_loss_curve(ctx.output / "metrics.jsonl", ctx.output / "loss.png")
     return write_artifact(
         ctx.output, planned, config, metrics=fitted.metrics, data={**tokens.provenance, "tokenized": asdict(tokens.report)}
     )

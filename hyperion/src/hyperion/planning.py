@@ -253,7 +253,7 @@ def _settings(config: FinetuneConfig, facts: ModelFacts, targets: list[str] | No
     settings["gradient clipping"] = f"norm {training.max_grad_norm:g}" if training.max_grad_norm else "none"
     settings["evaluation"] = training.eval_strategy_in_force(rows.evaluates)
     if training.keeps_best(rows.evaluates):
-        settings["kept"] = f"the best by {training.metric_in_force()}"
+        settings["kept"] = f"the best by {training.metric_for_best_model}"
     if config.new_tokens:
         settings["new tokens"] = str(len(config.new_tokens))
     if config.trust_remote_code:

@@ -6,6 +6,7 @@ not import transformers, and a field is known exactly when the installed version
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from hyperion_core.config import StrictModel
 from hyperion_core.errors import Problem
-from hyperion_core.foreign import foreign_fields, with_foreign_fields
+from hyperion_core.foreign import foreign_fields, foreign_keys, foreign_values, with_foreign_fields
+from hyperion_core.suggest import did_you_mean
 
 _ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
 _ELSEWHERE = "it is said elsewhere"
@@ -119,6 +121,20 @@ class TrainingConfig(StrictModel):
     push_to_hub: bool = Field(False, description="Upload the finished artifact.")
     hub_model_id: str | None = Field(None, description="owner/name to upload to; required with push_to_hub.")
     hub_private_repo: bool | None = Field(None, description="Create the repository as a private one.")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None, description="When to evaluate; by default eval_steps, or every epoch."
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
+        None, description="When to write a checkpoint; by default save_steps, or with each evaluation."
+    )
+    logging_strategy: Literal["no", "steps", "epoch"] | None = Field(None, description="When to log.")
+    metric_for_best_model: Literal["eval_loss", "loss"] = Field(
+        "eval_loss", description="What the best model is judged by."
+    )
+    load_best_model_at_end: bool | None = Field(
+        None, description="Keep the best model, not the last; by default whenever there is an evaluation."
+    )
+    optim: str | None = Field(None, description="The optimizer, by transformers' name.")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         "random", description="Order of the rows in an epoch."
     )
@@ -131,6 +147,10 @@ class TrainingConfig(StrictModel):
         found += _both(data, "warmup_ratio", "warmup_steps", "they say the same thing twice")
         found += _both(data, "lr_scheduler", "lr_scheduler_type", "they say the same thing twice")
         found += _both(data, "bf16", "fp16", "autocast has one type")
+        optimizers = foreign_values("transformers", "training_args.py", "OptimizerNames")
+        if isinstance(data.get("optim"), str) and data["optim"] not in optimizers:
+            found.append(Problem("optim", f'no optimizer is called "{data["optim"]}"', fix=did_you_mean(data["optim"], optimizers)))
+        found += _tracker_problems(data.get("report_to"))
         if data.get("max_steps") == 0:
             found.append(Problem("max_steps", "0 steps train nothing", fix="give a number above 0, or -1"))
         if isinstance(data.get("lr_scheduler"), dict) and data.get("lr_scheduler_kwargs"):
@@ -172,41 +192,51 @@ class TrainingConfig(StrictModel):
                 arguments.pop(name, None)
         arguments["load_best_model_at_end"] = self.keeps_best(evaluates)
         if self.keeps_best(evaluates):
-            arguments["metric_for_best_model"] = self.metric_in_force()
+            arguments["metric_for_best_model"] = self.metric_for_best_model
         return arguments
 
     def eval_strategy_in_force(self, evaluates: bool) -> str:
         """ "steps", "epoch" or "no": as said, else by eval_steps, else every epoch; "no" without evaluation data."""
         if not evaluates:
             return "no"
-        return str(self._given("eval_strategy") or ("steps" if self.eval_steps else "epoch"))
+        return self.eval_strategy or ("steps" if self.eval_steps else "epoch")
 
     def save_strategy_in_force(self, evaluates: bool) -> str:
         """As said, else by save_steps, else together with the evaluation, else every epoch."""
-        said = self._given("save_strategy") or ("steps" if self.save_steps else None)
+        said = self.save_strategy or ("steps" if self.save_steps else None)
         if said:
-            return str(said)
+            return said
         strategy = self.eval_strategy_in_force(evaluates)
         return strategy if strategy != "no" else "epoch"
 
     def keeps_best(self, evaluates: bool) -> bool:
         """Whether the best model is kept, not the last: as said, else whenever there is an evaluation to judge by."""
-        said = self._given("load_best_model_at_end")
+        said = self.load_best_model_at_end
         judged = evaluates and self.eval_strategy_in_force(evaluates) != "no"
         return bool(said if said is not None else judged and self.save_strategy_in_force(evaluates) != "no")
-
-    def metric_in_force(self) -> str:
-        """What the best model is judged by."""
-        return str(self._given("metric_for_best_model") or "eval_loss")
-
-    def _given(self, name: str) -> Any:
-        return getattr(self, name, None)
 
 
 def _both(data: Mapping[str, Any], one: str, other: str, why: str) -> list[Problem]:
     if data.get(one) and data.get(other):
         return [Problem(one, f'"{one}" and "{other}" stand together', why, "keep one of them")]
     return []
+
+
+def _tracker_problems(report_to: Any) -> list[Problem]:
+    """transformers would find out only when the model is loaded."""
+    known = foreign_keys("transformers", "integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
+    found = []
+    for name in [report_to] if isinstance(report_to, str) else report_to if isinstance(report_to, list) else []:
+        if name in ("none", "all") or not isinstance(name, str):
+            continue
+        module = {"azure_ml": "azureml"}.get(name, name)
+        if name not in known:
+            found.append(Problem("report_to", f'no tracker is called "{name}"', fix=did_you_mean(name, known)))
+        elif importlib.util.find_spec(module) is None:
+            found.append(
+                Problem("report_to", f'the tracker "{name}" is not installed', fix=f"python -m pip install {module}")
+            )
+    return found
 
 
 def _evaluation_contradictions(data: Mapping[str, Any]) -> list[Problem]:
@@ -221,25 +251,9 @@ def _evaluation_contradictions(data: Mapping[str, Any]) -> list[Problem]:
             Problem("save_steps", f'save_steps stands beside save_strategy "{data["save_strategy"]}"',
                     "the steps would never be used", "remove one of them")
         )  # fmt: skip
-    evaluation, save = data.get("eval_steps"), data.get("save_steps")
-    keeps_best = data.get("load_best_model_at_end", True)
-    if keeps_best and _number(evaluation) and _number(save) and not _multiple(save, evaluation):
-        found.append(
-            Problem("save_steps", f"save_steps {save} is no multiple of eval_steps {evaluation}",
-                    "the best model is kept, and only a step that was evaluated can be the best",
-                    f"save_steps: {evaluation}, or load_best_model_at_end: false")
-        )  # fmt: skip
     if data.get("early_stopping_patience") and data.get("eval_strategy") == "no":
         found.append(
             Problem("early_stopping_patience", "nothing is evaluated, so nothing can stop early", fix="remove eval_strategy: no")
         )  # fmt: skip
     return found
 
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _multiple(save: float, evaluation: float) -> bool:
-    ratio = save / evaluation
-    return ratio >= 1 and abs(ratio - round(ratio)) < 1e-9

@@ -41,19 +41,7 @@ def foreign_fields(package: str, file: str, class_name: str) -> dict[str, Foreig
     Raises:
         PluginRequirementError: the package is not installed, or has no such class.
     """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise PluginRequirementError(f"{package} is not installed", fix=f"python -m pip install {package}")
-    path = Path(spec.submodule_search_locations[0], file)
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name).body
-    except (OSError, StopIteration) as error:
-        raise PluginRequirementError(
-            f"the installed {package} has no class {class_name} in {file}",
-            why="this version of the library is not one that Hyperion was tested with",
-            fix=f"install the version in constraints.txt: python -m pip install -c constraints.txt {package}",
-        ) from error
+    body = _class_body(package, file, class_name)
     fields = {}
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_"):
@@ -65,6 +53,33 @@ def foreign_fields(package: str, file: str, class_name: str) -> dict[str, Foreig
                 name, _annotation(node.annotation), _default(node.value, arguments), _help(arguments)
             )
     return fields
+
+
+@functools.cache
+def foreign_values(package: str, file: str, class_name: str) -> tuple[str, ...]:
+    """The string values of an enum, in its order.
+
+    Raises:
+        PluginRequirementError: the package is not installed, or has no such class.
+    """
+    return tuple(
+        node.value.value
+        for node in _class_body(package, file, class_name)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+
+
+@functools.cache
+def foreign_keys(package: str, file: str, name: str) -> tuple[str, ...]:
+    """The string keys of a dict that stands at module level, in its order.
+
+    Raises:
+        PluginRequirementError: the package is not installed, or has no such dict.
+    """
+    for node in _module(package, file).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == name:
+            return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+    raise _other_version(package, file, name)
 
 
 def with_foreign_fields(
@@ -88,6 +103,32 @@ def with_foreign_fields(
         return created
 
     return extend
+
+
+def _class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
+    for node in _module(package, file).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return node.body
+    raise _other_version(package, file, class_name)
+
+
+@functools.cache
+def _module(package: str, file: str) -> ast.Module:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise PluginRequirementError(f"{package} is not installed", fix=f"python -m pip install {package}")
+    try:
+        return ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _other_version(package, file, "") from error
+
+
+def _other_version(package: str, file: str, name: str) -> PluginRequirementError:
+    return PluginRequirementError(
+        f"the installed {package} has no {name + ' in ' if name else ''}{file}",
+        why="this version of the library is not one that Hyperion was tested with",
+        fix=f"install the version in constraints.txt: python -m pip install -c constraints.txt {package}",
+    )
 
 
 def _field_arguments(value: ast.expr | None) -> dict[str, ast.expr]:
