@@ -22,11 +22,16 @@ def trained(folder: Path, base: Path, **changes: Any) -> tuple[Artifact, Any]:
             "base_model": str(base),
             "dtype": "float32",
             "adapter": {"type": "lora", "r": 4, "target_modules": "all-linear"},
-            "training": {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True,
-                         "eval_samples": 0},
+            "training": {
+                "num_train_epochs": 3,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "use_cpu": True,
+                "eval_samples": 0,
+            },
             **changes,
         }
-    )  # fmt: skip
+    )
     train, evaluation = DatasetProcessor(dataset=ROWS, validation_split=6).prepare()
     return Trainer(config).train(train, evaluation, output_dir=folder), evaluation
 
@@ -62,7 +67,9 @@ def test_reloaded_it_has_the_loss_that_the_run_reported(changes: dict, tiny_mode
     tuned = load_tuned(tmp_path / "out", dtype="float32")
     for token in changes.get("new_tokens", []):
         assert len(tuned.tokenizer(token, add_special_tokens=False)["input_ids"]) == 1
-    assert plain_loss(tuned.model, tuned.tokenizer, evaluation) == pytest.approx(artifact.metrics["eval_loss"], rel=1e-4)
+    assert plain_loss(tuned.model, tuned.tokenizer, evaluation) == pytest.approx(
+        artifact.metrics["eval_loss"], rel=1e-4
+    )
     tuned.use_adapter(False)
     assert plain_loss(tuned.model, tuned.tokenizer, evaluation) > artifact.metrics["eval_loss"] + 1e-3
 
@@ -76,8 +83,12 @@ def test_new_tokens_are_refused_where_the_adapter_cannot_train_them(tiny_model: 
 
 
 def test_a_second_call_trains_on_the_first_ones_data(tiny_model: Path, tmp_path: Path) -> None:
-    config = FinetuneConfig(base_model=str(tiny_model), adapter="lora", dtype="float32",
-                            training={"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True})  # fmt: skip
+    config = FinetuneConfig(
+        base_model=str(tiny_model),
+        adapter="lora",
+        dtype="float32",
+        training={"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True},
+    )
     train, _ = DatasetProcessor(dataset=ROWS).prepare()
     trainer = Trainer(config)
     first = trainer.train(train, output_dir=tmp_path / "one")

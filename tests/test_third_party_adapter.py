@@ -83,9 +83,7 @@ class OffsetAdapter(Adapter):
 
 
 def test_it_trains_from_yaml_and_loads_again(fake_dist, cli, tiny_model: Path, tmp_path: Path) -> None:
-    fake_dist(
-        "acme-offset", {"hyperion.adapters": {"offset": "acme_offset:OffsetAdapter"}}, {"acme_offset": SOURCE}
-    )
+    fake_dist("acme-offset", {"hyperion.adapters": {"offset": "acme_offset:OffsetAdapter"}}, {"acme_offset": SOURCE})
     rows = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "config.yaml").write_text(

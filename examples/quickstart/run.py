@@ -39,7 +39,9 @@ def main() -> int:
     console.print(f"trained in {minutes:.1f} minutes, {memory:.1f} GiB at the peak; everything is in {output}/")
     console.print(f"loss curve: {output / 'loss.png'}    model card: {output / 'README.md'}")
     (output / "quickstart.json").write_text(
-        json.dumps({"base": before.exact, "tuned": after.exact, "items": after.total, "minutes": minutes, "gib": memory})
+        json.dumps(
+            {"base": before.exact, "tuned": after.exact, "items": after.total, "minutes": minutes, "gib": memory}
+        )
     )
     if before.exact > BASE_AT_MOST or after.exact < TUNED_AT_LEAST:
         console.print(f"[red]expected: base at most {BASE_AT_MOST:.0%}, tuned at least {TUNED_AT_LEAST:.0%}[/red]")
@@ -95,9 +97,7 @@ def generate(model, tokenizer, prompts: list[str], name: str, batch: int = 32, m
             add_special_tokens=False,
         ).to(model.device)
         with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
+            tokens = model.generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         texts += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 

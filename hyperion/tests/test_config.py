@@ -199,10 +199,9 @@ def test_a_scheduler_is_chosen_by_name_or_mapping_or_transformers_names() -> Non
 
 
 def test_one_installed_quantizer_is_taken_without_being_named(registry) -> None:
+    import hyperion_adapters_lora
     from hyperion_objective_sft import SftObjective
     from hyperion_schedulers import Cosine
-
-    import hyperion_adapters_lora
 
     class Toy(Quantizer):
         def quantizer_estimate(self): ...
@@ -240,7 +239,12 @@ def test_the_schema_offers_every_installed_plugins_options() -> None:
 
 def test_the_schema_and_the_model_agree_about_a_file(tmp_path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    good = {"base_model": "a/b", "adapter": {"type": "lora", "r": 4}, "dataset": "x.jsonl", "training": {"lr_scheduler": "cosine"}}
+    good = {
+        "base_model": "a/b",
+        "adapter": {"type": "lora", "r": 4},
+        "dataset": "x.jsonl",
+        "training": {"lr_scheduler": "cosine"},
+    }
     jsonschema.validate(good, config_schema())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**good, "adapter": {"type": "lora", "rr": 4}}, config_schema())

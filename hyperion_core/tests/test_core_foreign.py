@@ -6,9 +6,10 @@ import sys
 from typing import Any, Dict, Literal, Optional, Union  # noqa: UP035
 
 import pytest
+from hyperion_core import foreign
 from hyperion_core.config import AdapterConfig
 from hyperion_core.errors import ConfigError, PluginRequirementError
-from hyperion_core.foreign import foreign_fields, with_foreign_fields
+from hyperion_core.foreign import foreign_fields, foreign_keys, foreign_values, with_foreign_fields
 
 SOURCE = '''
 raise RuntimeError("this must never be imported")
@@ -34,15 +35,26 @@ class Config(Base):
     _private: int = 1
     CONSTANT = 4
     def method(self): ...
+
+class Colour(Enum):
+    RED = "red"
+    GREEN = "green"
+
+TRACKERS = {"one": One, "two": Two, **more}
 '''
+
+
+def clear_caches():
+    for cached in (foreign_fields, foreign_values, foreign_keys, foreign._module):
+        cached.cache_clear()
 
 
 @pytest.fixture
 def library(fake_dist):
     fake_dist("foreign-lib", {}, {"foreign_lib/__init__.py": SOURCE, "foreign_lib/part/config.py": SOURCE})
-    foreign_fields.cache_clear()
+    clear_caches()
     yield
-    foreign_fields.cache_clear()
+    clear_caches()
     assert not any(name.startswith("foreign_lib") for name in sys.modules)
 
 
@@ -97,9 +109,15 @@ def test_a_library_that_is_not_there(library):
 
 @pytest.mark.parametrize("file, name", [("part/config.py", "Other"), ("part/none.py", "Config")])
 def test_a_version_that_has_no_such_class(library, file, name):
-    with pytest.raises(PluginRequirementError, match=f"has no class {name} in {file}") as caught:
-        foreign_fields("foreign_lib", file, name)
-    assert "constraints.txt" in caught.value.fix and caught.value.__cause__ is not None
+    for read in (foreign_fields, foreign_values, foreign_keys):
+        with pytest.raises(PluginRequirementError, match=f"the installed foreign_lib has no .*{file}") as caught:
+            read("foreign_lib", file, name)
+        assert "constraints.txt" in caught.value.fix
+
+
+def test_the_values_of_an_enum_and_the_keys_of_a_dict(library):
+    assert foreign_values("foreign_lib", "__init__.py", "Colour") == ("red", "green")
+    assert foreign_keys("foreign_lib", "__init__.py", "TRACKERS") == ("one", "two")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator
-
 from hyperion_core.config import (
     AdapterConfig,
     PluginConfig,
@@ -20,6 +18,7 @@ from hyperion_core.config_file import ConfigFile, read_config_file
 from hyperion_core.errors import ConfigError, PluginError, Problem
 from hyperion_core.kinds import Plugin, with_article
 from hyperion_core.registry import registry
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator
 
 from .training_config import TrainingConfig
 
@@ -58,12 +57,17 @@ class FinetuneConfig(StrictModel):
     base_model: str = Field(min_length=1, description="A hub id, a folder, a GGUF file, or package://module/file.")
     revision: str | None = Field(None, description="Revision of a hub model.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of the base's weights.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the base's weights.")
     adapter: AdapterConfig = Field(description="What is trained: `type` names the plugin.")
-    quantization: QuantizationConfig | None = Field(None, description="How the base is held: `method` names the plugin.")
+    quantization: QuantizationConfig | None = Field(
+        None, description="How the base is held: `method` names the plugin."
+    )
     dataset: DatasetConfig | None = Field(None, description="A path or id, or a mapping.")
-    objective: PluginConfig = Field(default_factory=lambda: "sft", validate_default=True,
-                                    description="What is learnt from a row: a name, or a mapping with `type`.")  # fmt: skip
+    objective: PluginConfig = Field(
+        default_factory=lambda: "sft",
+        validate_default=True,
+        description="What is learnt from a row: a name, or a mapping with `type`.",
+    )
     new_tokens: list[str] = Field(default_factory=list, description="Tokens to add to the vocabulary and train.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How it is trained.")
     plugins: list[str] = Field(default_factory=list, description="Observers of the run, by name.")
@@ -177,7 +181,10 @@ class FinetuneConfig(StrictModel):
     @classmethod
     def _new_tokens(cls, value: list[str]) -> list[str]:
         twice = sorted({token for token in value if value.count(token) > 1})
-        bad = [*(f'"{token}" stands twice' for token in twice), *("an empty token" for token in value if not token.strip())]
+        bad = [
+            *(f'"{token}" stands twice' for token in twice),
+            *("an empty token" for token in value if not token.strip()),
+        ]
         raise_problems([Problem("", what, fix="leave it out") for what in dict.fromkeys(bad)])
         return value
 
@@ -195,10 +202,21 @@ def _plugin_config(kind: str, value: Any) -> StrictModel:
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, Mapping):
-        raise_problems([Problem("", f"{value!r} is refused", f"{with_article(kind)} is a mapping with `type`", f"{kind}: {{type: …}}")])
+        raise_problems(
+            [
+                Problem(
+                    "",
+                    f"{value!r} is refused",
+                    f"{with_article(kind)} is a mapping with `type`",
+                    f"{kind}: {{type: …}}",
+                )
+            ]
+        )
     if not isinstance(value.get("type"), str):
         names = sorted({entry.name for entry in registry().entries(kind)})
-        raise_problems([Problem("type", '"type" is missing', fix=f"say which {kind}: {', '.join(names) or 'none is installed'}")])
+        raise_problems(
+            [Problem("type", '"type" is missing', fix=f"say which {kind}: {', '.join(names) or 'none is installed'}")]
+        )
     return _load(kind, value["type"]).config_class.model_validate(dict(value))
 
 
@@ -207,15 +225,30 @@ def _quantization_config(value: Any) -> StrictModel:
     if isinstance(data, str):
         data = {"method": data}
     if not isinstance(data, Mapping):
-        raise_problems([Problem("", f"{value!r} is refused", "quantization is a mapping with `method`", "quantization: {method: …}")])
+        raise_problems(
+            [
+                Problem(
+                    "", f"{value!r} is refused", "quantization is a mapping with `method`", "quantization: {method: …}"
+                )
+            ]
+        )
     method = data.get("method")
     if method is None:
         names = sorted({entry.qualified for entry in registry().entries("quantizer")})
         if not names:
-            raise_problems([Problem("", "quantization needs a quantizer, and none is installed",
-                                    fix='install one, for example: python -m pip install "hyperion-ft[bnb]"')])  # fmt: skip
+            raise_problems(
+                [
+                    Problem(
+                        "",
+                        "quantization needs a quantizer, and none is installed",
+                        fix='install one, for example: python -m pip install "hyperion-ft[bnb]"',
+                    )
+                ]
+            )
         if len(names) > 1:
-            raise_problems([Problem("method", "several quantizers are installed", fix=f"say which: {', '.join(names)}")])
+            raise_problems(
+                [Problem("method", "several quantizers are installed", fix=f"say which: {', '.join(names)}")]
+            )
         method = names[0]
     elif not isinstance(method, str):
         raise_problems([Problem("method", f"{method!r} is refused", "a method is a plugin's name", "method: …")])
@@ -231,8 +264,12 @@ def _load(kind: str, name: str, *, at: str = "type") -> type[Plugin]:
 
 
 def _wrong_class(kind: str, name: str, value: StrictModel, plugin: type[Plugin]) -> Problem:
-    return Problem("", f'a {type(value).__name__} is no config of the {kind} "{name}"', "it belongs to another plugin",
-                   f"use {plugin.config_class.__module__}.{plugin.config_class.__name__}")  # fmt: skip
+    return Problem(
+        "",
+        f'a {type(value).__name__} is no config of the {kind} "{name}"',
+        "it belongs to another plugin",
+        f"use {plugin.config_class.__module__}.{plugin.config_class.__name__}",
+    )
 
 
 def _scheduler_of(training: Any) -> tuple[str, Any]:

@@ -280,7 +280,11 @@ def leave_artifact(
     tokenizer.save_pretrained(ctx.output)
     draw_loss_curve(ctx.output / "metrics.jsonl", ctx.output / "loss.png")
     return write_artifact(
-        ctx.output, planned, config, metrics=fitted.metrics, data={**tokens.provenance, "tokenized": asdict(tokens.report)}
+        ctx.output,
+        planned,
+        config,
+        metrics=fitted.metrics,
+        data={**tokens.provenance, "tokenized": asdict(tokens.report)},
     )
 
 

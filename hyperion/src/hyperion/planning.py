@@ -282,4 +282,3 @@ def _checks(config: FinetuneConfig, facts: ModelFacts) -> list[Check]:
 
 def _problem(path: str, error: HyperionError) -> Problem:
     return Problem(path, error.what, error.why, error.fix)
-

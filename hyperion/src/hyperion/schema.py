@@ -52,4 +52,8 @@ def _one_of(kind: str, key: str, definitions: dict[str, Any]) -> dict[str, Any]:
         own["required"] = sorted({*own.get("required", []), key})
         definitions[f"{kind}:{name}"] = own
         options.append({"$ref": f"#/$defs/{kind}:{name}"})
-    return {"anyOf": [{"enum": _names(kind)}, *options]} if options else {"not": {}, "description": f"no {kind} is installed"}
+    return (
+        {"anyOf": [{"enum": _names(kind)}, *options]}
+        if options
+        else {"not": {}, "description": f"no {kind} is installed"}
+    )

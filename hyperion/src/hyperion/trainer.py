@@ -28,9 +28,15 @@ class Trainer:
     def __init__(self, config: FinetuneConfig) -> None:
         if not isinstance(config, FinetuneConfig):
             raise ConfigError(
-                [Problem("config", f"a {type(config).__name__} is no FinetuneConfig", fix="Trainer(config=FinetuneConfig(…))")],
+                [
+                    Problem(
+                        "config",
+                        f"a {type(config).__name__} is no FinetuneConfig",
+                        fix="Trainer(config=FinetuneConfig(…))",
+                    )
+                ],
                 source="Trainer",
-            )  # fmt: skip
+            )
         self.config = config
         self._datasets: tuple[Dataset | None, Dataset | None] = (None, None)
 

@@ -10,18 +10,48 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
 from hyperion_core.config import StrictModel
 from hyperion_core.errors import Problem
 from hyperion_core.foreign import foreign_fields, foreign_keys, foreign_values, with_foreign_fields
 from hyperion_core.suggest import did_you_mean
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 _ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
 _ELSEWHERE = "it is said elsewhere"
 _REPLACED = "the engine does this its own way, so the field would do nothing"
 _LATER = "this version runs one process on one device"
 _INEXACT = "it would break exact resume"
+
+_DISTRIBUTED = (
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    "ddp_backend",
+    "ddp_timeout",
+    "local_rank",
+    "average_tokens_across_devices",
+    "save_on_each_node",
+    "log_on_each_node",
+    "log_level_replica",
+)
+_ENGINES_OWN = (
+    "include_for_metrics",
+    "batch_eval_metrics",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "eval_accumulation_steps",
+    "prediction_loss_only",
+    "label_names",
+    "length_column_name",
+    "remove_unused_columns",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "debug",
+    "skip_memory_metrics",
+    "include_num_input_tokens_seen",
+)
 
 # Fields of TrainingArguments that are refused, each with (why, fix): a key that is accepted is honoured.
 REFUSED: dict[str, tuple[str, str]] = {
@@ -56,33 +86,26 @@ REFUSED: dict[str, tuple[str, str]] = {
     "deepspeed": (_LATER, "leave it out"),
     "parallelism_config": (_LATER, "leave it out"),
     "accelerator_config": (_LATER, "leave it out"),
-    **{
-        name: (_LATER, "leave it out")
-        for name in (
-            "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
-            "ddp_backend", "ddp_timeout", "local_rank", "average_tokens_across_devices", "save_on_each_node",
-            "log_on_each_node", "log_level_replica",
-        )
-    },
-    **{
-        name: (_REPLACED, "leave it out")
-        for name in (
-            "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
-            "eval_accumulation_steps", "prediction_loss_only", "label_names", "length_column_name",
-            "remove_unused_columns", "do_train", "do_eval", "do_predict", "debug", "skip_memory_metrics",
-            "include_num_input_tokens_seen",
-        )
-    },
-}  # fmt: skip
+    **dict.fromkeys(_DISTRIBUTED, (_LATER, "leave it out")),
+    **dict.fromkeys(_ENGINES_OWN, (_REPLACED, "leave it out")),
+}
 
 # Keys of this model that transformers' arguments do not have: they go elsewhere.
 _OURS = frozenset(
     {
-        "warmup_ratio", "lr_scheduler", "early_stopping_patience", "max_length", "eval_samples",
-        "eval_samples_max_new_tokens", "push_to_hub", "hub_model_id", "hub_private_repo", "lr_scheduler_type",
+        "warmup_ratio",
+        "lr_scheduler",
+        "early_stopping_patience",
+        "max_length",
+        "eval_samples",
+        "eval_samples_max_new_tokens",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "lr_scheduler_type",
         "lr_scheduler_kwargs",
     }
-)  # fmt: skip
+)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -141,21 +164,25 @@ class TrainingConfig(StrictModel):
 
     @classmethod
     def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:
-        found = [
-            Problem(key, f'"{key}" is not taken', why, fix) for key, (why, fix) in REFUSED.items() if key in data
-        ]  # fmt: skip
+        found = [Problem(key, f'"{key}" is not taken', why, fix) for key, (why, fix) in REFUSED.items() if key in data]
         found += _both(data, "warmup_ratio", "warmup_steps", "they say the same thing twice")
         found += _both(data, "lr_scheduler", "lr_scheduler_type", "they say the same thing twice")
         found += _both(data, "bf16", "fp16", "autocast has one type")
         optimizers = foreign_values("transformers", "training_args.py", "OptimizerNames")
         if isinstance(data.get("optim"), str) and data["optim"] not in optimizers:
-            found.append(Problem("optim", f'no optimizer is called "{data["optim"]}"', fix=did_you_mean(data["optim"], optimizers)))
+            found.append(
+                Problem(
+                    "optim", f'no optimizer is called "{data["optim"]}"', fix=did_you_mean(data["optim"], optimizers)
+                )
+            )
         found += _tracker_problems(data.get("report_to"))
         if data.get("max_steps") == 0:
             found.append(Problem("max_steps", "0 steps train nothing", fix="give a number above 0, or -1"))
         if isinstance(data.get("lr_scheduler"), dict) and data.get("lr_scheduler_kwargs"):
             found.append(
-                Problem("lr_scheduler_kwargs", "the scheduler's options stand in two places", fix="put them in lr_scheduler")
+                Problem(
+                    "lr_scheduler_kwargs", "the scheduler's options stand in two places", fix="put them in lr_scheduler"
+                )
             )
         found += _evaluation_contradictions(data)
         if data.get("push_to_hub") and not data.get("hub_model_id"):
@@ -163,8 +190,8 @@ class TrainingConfig(StrictModel):
         return found
 
     @classmethod
-    def keys(cls) -> list[str]:
-        return [name for name in super().keys() if name not in REFUSED]
+    def allowed_keys(cls) -> list[str]:
+        return [name for name in super().allowed_keys() if name not in REFUSED]
 
     def scheduler(self) -> dict[str, Any]:
         """The chosen scheduler as a mapping of `type` and its options."""
@@ -176,9 +203,20 @@ class TrainingConfig(StrictModel):
     def arguments(self, *, evaluates: bool) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`, without output_dir."""
         arguments = {name: value for name, value in self.given().items() if name not in _OURS and value is not None}
-        for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-                     "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm",
-                     "logging_steps", "save_total_limit", "seed", "train_sampling_strategy"):  # fmt: skip
+        for name in (
+            "num_train_epochs",
+            "max_steps",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "logging_steps",
+            "save_total_limit",
+            "seed",
+            "train_sampling_strategy",
+        ):
             arguments[name] = getattr(self, name)
         if self.warmup_ratio is not None:
             has_ratio = "warmup_ratio" in foreign_fields(*_ARGUMENTS)
@@ -243,17 +281,28 @@ def _evaluation_contradictions(data: Mapping[str, Any]) -> list[Problem]:
     found = []
     if data.get("eval_steps") and data.get("eval_strategy") in ("no", "epoch"):
         found.append(
-            Problem("eval_steps", f'eval_steps stands beside eval_strategy "{data["eval_strategy"]}"',
-                    "the steps would never be used", "remove one of them")
-        )  # fmt: skip
+            Problem(
+                "eval_steps",
+                f'eval_steps stands beside eval_strategy "{data["eval_strategy"]}"',
+                "the steps would never be used",
+                "remove one of them",
+            )
+        )
     if data.get("save_steps") and data.get("save_strategy") in ("no", "epoch", "best"):
         found.append(
-            Problem("save_steps", f'save_steps stands beside save_strategy "{data["save_strategy"]}"',
-                    "the steps would never be used", "remove one of them")
-        )  # fmt: skip
+            Problem(
+                "save_steps",
+                f'save_steps stands beside save_strategy "{data["save_strategy"]}"',
+                "the steps would never be used",
+                "remove one of them",
+            )
+        )
     if data.get("early_stopping_patience") and data.get("eval_strategy") == "no":
         found.append(
-            Problem("early_stopping_patience", "nothing is evaluated, so nothing can stop early", fix="remove eval_strategy: no")
-        )  # fmt: skip
+            Problem(
+                "early_stopping_patience",
+                "nothing is evaluated, so nothing can stop early",
+                fix="remove eval_strategy: no",
+            )
+        )
     return found
-

@@ -50,7 +50,7 @@ class StrictModel(BaseModel):
         return []
 
     @classmethod
-    def keys(cls) -> list[str]:
+    def allowed_keys(cls) -> list[str]:
         """Keys that this model takes."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
@@ -93,7 +93,7 @@ class StrictModel(BaseModel):
     def _in_our_words(cls, line: Any) -> InitErrorDetails:
         kind: Any = line["type"]
         if kind == "extra_forbidden" and len(line["loc"]) == 1:
-            fix = did_you_mean(str(line["loc"][0]), cls.keys())
+            fix = did_you_mean(str(line["loc"][0]), cls.allowed_keys())
             kind = PydanticCustomError(_UNKNOWN_KEY, "unknown key", {"what": "unknown key", "why": "", "fix": fix})
         elif kind not in _PYDANTIC_KINDS:  # one of ours, or one that a plugin's own validator raised
             kind = PydanticCustomError(kind, line["msg"], line.get("ctx"))

@@ -78,7 +78,7 @@ def foreign_keys(package: str, file: str, name: str) -> tuple[str, ...]:
     """
     for node in _module(package, file).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == name:
-            return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
     raise _other_version(package, file, name)
 
 

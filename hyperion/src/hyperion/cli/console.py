@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from hyperion_core.errors import HyperionError
+from hyperion_core.plan import Plan
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from hyperion_core.errors import HyperionError
-from hyperion_core.plan import Plan
 
 # In a pipe nothing is cut short: rich would take 80 columns.
 _PIPE_WIDTH = 200

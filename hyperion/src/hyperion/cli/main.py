@@ -6,7 +6,6 @@ import os
 import sys
 
 import typer
-
 from hyperion_core.errors import HyperionError
 
 from . import plugins, schema, train, validate

@@ -21,6 +21,8 @@ def schema(output: Path = typer.Option(None, "--output", "-o", help="Write to th
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
-        problem = Problem("", "the schema cannot be written", error.strerror or str(error), "give another --output", str(output))
+        problem = Problem(
+            "", "the schema cannot be written", error.strerror or str(error), "give another --output", str(output)
+        )
         raise ConfigError([problem], source=str(output)) from error
     typer.echo(f"wrote {output}; add this line to a config: # yaml-language-server: $schema={output}")

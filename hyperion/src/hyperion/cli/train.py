@@ -14,13 +14,17 @@ _SHOWN = ("train_loss", "eval_loss")
 def train(
     config: Path = typer.Argument(help="YAML or JSON file of the run."),
     output_dir: str = typer.Option(
-        None, "--output_dir", "--output-dir", "-o", help="Folder of the run; it must be new. [default: the config's, or ./hyperion-output]"
+        None,
+        "--output_dir",
+        "--output-dir",
+        "-o",
+        help="New folder for the run; by default the config's.",
     ),
     resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint in the output folder."),
     report_to: list[str] = typer.Option(
         None, "--report-to", help="Trackers of transformers: tensorboard, wandb, …; may be repeated."
     ),
-) -> None:  # fmt: skip
+) -> None:
     """Train, and leave adapter, plan, metrics and model card in the output folder."""
     from hyperion.config import FinetuneConfig
     from hyperion.planning import make_plan

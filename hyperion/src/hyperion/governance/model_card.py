@@ -6,12 +6,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import yaml
-
 from hyperion_core.artifact import Artifact
 from hyperion_core.plan import Plan
 
 if TYPE_CHECKING:
     from hyperion.config import FinetuneConfig
+
+_LIMITS = """## Limits
+
+The adapter was judged on the held-out rows of its own data alone. It inherits the limits, the biases and the licence of
+its base model; check both before you publish it."""
 
 
 def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
@@ -22,12 +26,12 @@ def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
         "Tuned with Hyperion. Every figure below was measured by this run.",
         _table("Training", [(label, text) for label, text in plan.rows() if label != "memory"]),
         _table("Results", [(name, f"{value:.6g}") for name, value in artifact.metrics.items()]),
-        "Every logged step is in `metrics.jsonl`." + (" ![Loss](loss.png)" if (artifact.folder / "loss.png").exists() else ""),
+        "Every logged step is in `metrics.jsonl`."
+        + (" ![Loss](loss.png)" if (artifact.folder / "loss.png").exists() else ""),
         _table("Data", [(key, _inline(value)) for key, value in artifact.data.items() if value not in (None, [], {})]),
         _samples(artifact),
         _loading(artifact),
-        "## Limits\n\nThe adapter was judged on the held-out rows of its own data alone. It inherits the limits, the biases "
-        "and the licence of its base model; check both before you publish it.",
+        _LIMITS,
         _table("Versions", list(artifact.versions.items())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

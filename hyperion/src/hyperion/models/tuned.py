@@ -37,9 +37,7 @@ class TunedModel:
 
     def use_adapter(self, wanted: bool) -> None:
         """Switch between the tuned model and its base."""
-        self.hooks.adapter(self.adapter).adapter_activate(
-            model=self.model, weights={"default": 1.0} if wanted else {}
-        )
+        self.hooks.adapter(self.adapter).adapter_activate(model=self.model, weights={"default": 1.0} if wanted else {})
 
 
 def load_tuned(folder: str | Path, *, base_model: str | None = None, dtype: str = "auto") -> TunedModel:
