@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wording import LONGEST_SHARED_RUN, TEST, TRAIN, Wording
+from held_out import LONGEST_SHARED_RUN, TEST
+from wording import TRAIN, Wording
 
 T = TypeVar("T")
 
