@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import tempfile
 
 import pytest
 
 # Both are read when torch and huggingface_hub are first imported, so they are set before any test module is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order: the same bits on every machine size
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nothing of a user's own cache is read or written; it goes when the tests end.
+_cache = tempfile.TemporaryDirectory(prefix="hyperion-tests-")
+os.environ["HYPERION_CACHE"] = _cache.name
 
 # Folders at the root that bear their package's name: pytest's importlib mode would make empty namespace packages of
 # them, and hide the real ones. The core's own tests run without any of these installed.

@@ -155,6 +155,33 @@ def test_train_leaves_a_complete_artifact(cli, tiny_model: Path, tmp_path: Path)
     assert artifact.changed_files() == ["adapter_model.safetensors"]
 
 
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from hyperion.cli.main import run
+from hyperion.trainer import Trainer
+def train(self, output_dir, **rest):
+    Path(output_dir, {made!r}).mkdir(parents=True)
+    raise KeyboardInterrupt
+Trainer.train = train
+sys.argv = ["hyperion", "train", {config!r}, "--output_dir", "out"]
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    "made, says",
+    [("checkpoint-4", "config.json --output_dir out --resume\n"), ("", "begin again: hyperion train")],
+    ids=["with a checkpoint", "before the first"],
+)
+def test_ctrl_c_says_how_to_go_on(made: str, says: str, tiny_model: Path, tmp_path: Path) -> None:
+    code = INTERRUPTED.format(made=made, config=str(config_file(tmp_path, tiny_model)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_finished_run_is_not_resumed_and_a_changed_config_is_named(cli, tiny_model: Path, tmp_path: Path) -> None:
     path = config_file(tmp_path, tiny_model)
     assert cli("train", path, "--output_dir", "out").code == 0

@@ -24,11 +24,11 @@ from wording import TRAIN, Wording
 T = TypeVar("T")
 
 SYSTEM = (
-    'Answer with JSON: "intent" (refund, delivery, repair, cancel or advice), "product" (the item), '
+    'Answer with JSON: "intent" (refund, delivery, repair or advice), "product" (the item), '
     '"order" (the order code, or null).'
 )
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
-INTENTS = ("refund", "delivery", "repair", "cancel", "advice")
+INTENTS = ("refund", "delivery", "repair", "advice")
 TRAIN_ROWS, TEST_ROWS = 480, 160
 
 

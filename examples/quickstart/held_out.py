@@ -45,16 +45,6 @@ TEST = Wording(
             "My {p} is acting up: it shuts off at random.",
             "My {p} developed a fault and needs fixing.",
         ),
-        "cancel": (
-            "I'd like to call off the {p}.",
-            "Kindly annul the purchase; I have no use for a {p} now.",
-            "The {p} was a slip of the finger, please don't process it.",
-            "Hold the {p}! We've decided not to buy.",
-            "Could you pull the {p} out of my order?",
-            "Cancellation request: one {p}.",
-            "I no longer wish to buy the {p}; don't dispatch anything.",
-            "Turns out we already own a {p}, so please scrap this purchase.",
-        ),
         "advice": (
             "What's the correct way to install the {p}?",
             "Could you walk me through using a {p}?",
@@ -67,9 +57,9 @@ TEST = Wording(
         ),
     },
     products=(
-        "router", "generator", "motor", "scale", "mouse", "server", "light switch", "detector", "hair dryer",
-        "light bulb", "table", "bed", "wallet", "mask", "hose", "board game", "screen protector", "plant stand",
-        "water pump", "car charger",
+        "router", "generator", "motor", "scale", "detector", "engine", "mouse", "hair dryer", "light bulb",
+        "water pump", "car charger", "bread maker", "disk drive", "wall heater", "paper shredder",
+        "pressure washer", "card reader", "phone charger", "rice steamer", "light switch",
     ),
     order_given=(
         "Ref: {o}.", "You'll find it under {o}.", "Purchase no. {o}.", "My confirmation shows {o}.",

@@ -139,15 +139,154 @@ def test_every_error_of_a_file_is_told_at_once_with_its_line(tmp_path: Path) -> 
         ({"training": {"early_stopping_patience": 2, "eval_strategy": "no"}}, "nothing can stop early"),
         ({"training": {"deepspeed": "x.json"}}, "this version runs one process on one device"),
         ({"training": {"hub_token": "secret"}}, "HF_TOKEN"),
-        ({"training": {"push_to_hub": True}}, "push_to_hub needs hub_model_id"),
+        ({"training": {"hub_model_id": "my model"}}, "is no name of a repository"),
+        ({"training": {"hub_model_id": "owner/model.git"}}, "is no name of a repository"),
+        ({"training": {"max_steps": -2}}, "training.max_steps: -2 is refused"),
         ({"training": {"max_steps": 0}}, "0 steps train nothing"),
         ({"training": {"warmup_ratio": 1.0}}, "training.warmup_ratio: 1.0 is refused"),
         ({"training": {"lr_scheduler": {"type": "cosine", "cycles": 2}}}, 'unknown key "cycles"'),
         ({"training": {"bf16": True, "fp16": True}}, "autocast has one type"),
+        ({"training": {"greater_is_better": True}}, "a loss is better when lower"),
+        ({"training": {"warmup_ratio": 0.0, "warmup_steps": 1}}, "they say the same thing twice"),
+        ({"training": {"warmup_steps": 1.5}}, "which must be whole"),
+        ({"training": {"gradient_checkpointing": True, "activation_checkpointing": True}}, "the same thing twice"),
+        ({"training": {"gradient_checkpointing_kwargs": {"use_reentrant": False}}}, "gradient_checkpointing: true"),
+        ({"training": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": "no"}}, "'no' is refused"),
+        ({"training": {"num_train_epochs": float("inf")}}, "training.num_train_epochs: inf is refused"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: inf is refused"),
+        ({"training": {"adam_beta1": 1.0}}, "training.adam_beta1: 1.0 is refused"),
+        ({"training": {"adam_epsilon": 0.0}}, "training.adam_epsilon: 0.0 is refused"),
+        ({"training": {"data_seed": -1}}, "training.data_seed: -1 is refused"),
+        ({"training": {"dataloader_num_workers": -1}}, "training.dataloader_num_workers: -1 is refused"),
+        ({"training": {"dataloader_persistent_workers": True}}, "set dataloader_num_workers"),
+        ({"training": {"dataloader_prefetch_factor": 2}}, "set dataloader_num_workers"),
+        ({"training": {"log_level": "loud"}}, "training.log_level: 'loud' is refused"),
+        ({"training": {"eval_steps": 2.5}}, "which must be whole"),
+        ({"training": {"save_steps": 2.5}}, "which must be whole"),
+        ({"training": {"logging_steps": 2.5}}, "which must be whole"),
+        ({"training": {"logging_steps": 2, "logging_strategy": "epoch"}}, "the steps would never be used"),
+        ({"training": {"torch_empty_cache_steps": 0}}, "training.torch_empty_cache_steps: 0 is refused"),
+        ({"training": {"run_name": "mine"}}, "report_to names none"),
+        ({"training": {"project": "mine", "report_to": "none"}}, "report_to does not name it"),
+        ({"training": {"optim": "galore_adamw"}}, '"galore_adamw" cannot train an adapter'),
+        ({"training": {"optim": "adalomo"}}, '"adalomo" cannot train an adapter'),
+        ({"training": {"optim": "grokadamw"}}, "python -m pip install grokadamw"),
+        ({"training": {"optim": "stable_adamw"}}, "python -m pip install torch-optimi"),
+        ({"training": {"load_best_model_at_end": True, "eval_strategy": "no"}}, "no model is the best"),
+        ({"training": {"save_strategy": "best", "eval_strategy": "no"}}, "no model is the best"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_reason(keys, says) -> None:
     assert says in refused(**keys)
+
+
+def test_push_to_hub_alone_is_enough() -> None:
+    assert FinetuneConfig(base_model="owner/model", adapter="lora", training={"push_to_hub": True})
+
+
+def test_every_optimizer_that_needs_a_package_is_known_to_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from hyperion_core.foreign import foreign_values
+
+    from hyperion.refused_arguments import argument_problems
+
+    names = foreign_values("transformers", "training_args.py", "OptimizerNames")
+    argument_problems({})  # reads transformers' source, while it can be found
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = {name: " ".join(map(str, argument_problems({"optim": name}))) for name in names}
+    assert {name for name in names if not found[name]} == {
+        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"
+    }  # fmt: skip
+    for name, package in (("adamw_torch_8bit", "torchao"), ("adamw_8bit", "bitsandbytes"), ("lion_32bit", "bitsandbytes"),
+                          ("paged_lion_8bit", "bitsandbytes"), ("rmsprop_bnb", "bitsandbytes"),
+                          ("ademamix", "bitsandbytes"), ("schedule_free_sgd", "schedulefree")):  # fmt: skip
+        assert f"pip install {package}," in found[name]
+
+
+def test_an_observer_stands_once(registry) -> None:
+    from hyperion_core.kinds import Observer
+
+    import hyperion_adapters_lora
+    from hyperion_objective_sft import SftObjective
+    from hyperion_schedulers import Cosine
+
+    class Watcher(Observer):
+        def run_start(self): ...
+
+    registry.add(hyperion_adapters_lora.LoraAdapter, "lora")
+    registry.add(SftObjective, "sft")
+    registry.add(Cosine, "cosine")
+    registry.add(Watcher, "watcher")
+    assert 'plugins.1: "in-process:watcher" stands twice' in refused(plugins=["watcher", "in-process:watcher"])
+
+
+def test_transformers_names_survive_a_round_trip() -> None:
+    config = FinetuneConfig(base_model="owner/model", adapter="lora", training={"lr_scheduler_type": "linear"})
+    assert FinetuneConfig.parse(config.as_data()) == config
+
+
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({"early_stopping_patience": 2}, "early_stopping_patience does nothing: there is no evaluation data"),
+        ({"eval_steps": 5}, "training.eval_steps"),
+        ({"eval_strategy": "epoch"}, "training.eval_strategy"),
+        ({"eval_delay": 1}, "training.eval_delay"),
+        ({"eval_on_start": True}, "training.eval_on_start"),
+        ({"load_best_model_at_end": True}, "training.load_best_model_at_end"),
+        ({"save_strategy": "best"}, "training.save_strategy"),
+        ({"max_length": 4096}, "its context is 512 tokens"),
+        ({"fp16": True}, "fp16 works on CUDA GPUs only"),
+        ({"tf32": True}, "tf32 works on CUDA GPUs only"),
+        ({"bf16": True}, "add use_cpu: true"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 16}, "10 rows do not fill a batch of 16"),
+        ({"lr_scheduler": "constant", "warmup_ratio": 0.5}, "choose constant_with_warmup"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "training.lr_scheduler_type"),
+        ({"lr_scheduler": {"type": "cosine_with_min_lr", "min_lr": 0.1}}, "training.lr_scheduler.min_lr"),
+        ({"lr_scheduler": {"type": "warmup_stable_decay", "num_decay_steps": 50}}, "do not fit into the run"),
+    ],
+)  # fmt: skip
+def test_what_model_data_and_device_rule_out_is_refused_while_planning(
+    training, says, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(tiny_model, monkeypatch, **training)
+    assert says in str(caught.value)
+
+
+def planned(base: Path, monkeypatch: pytest.MonkeyPatch, held_out: int = 0, device: str = "cpu", **training):
+    from hyperion import planning
+
+    monkeypatch.setattr(planning, "plan_device", lambda: "cuda")  # a device that is given is not guessed
+    config = FinetuneConfig(base_model=str(base), adapter="lora", training=training)
+    return planning.make_plan(config, rows=planning.Rows(10, 0), evaluation_rows=held_out, device=device)
+
+
+def test_the_plan_says_what_will_happen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperion.planning import effective_max_length
+    from hyperion.training_checks import length_problems
+
+    plain = planned(tiny_model, monkeypatch, eval_strategy="no")
+    assert (plain.plan.device, plain.plan.steps) == ("cpu", 6)
+    assert "at most 512 tokens a row" in plain.plan.settings["batch"]
+    again = FinetuneConfig.parse(plain.plan.config)
+    assert effective_max_length(again, plain.facts) == 512
+    assert not length_problems(again.training, plain.facts)
+    assert plain.plan.settings["evaluation"] == "no"
+    assert not {"kept", "autocast"} & plain.plan.settings.keys()
+    judged = planned(tiny_model, monkeypatch, held_out=3, bf16=True, use_cpu=True, dataloader_drop_last=True,
+                     per_device_eval_batch_size=2)  # fmt: skip
+    assert (judged.plan.settings["evaluation"], judged.plan.settings["kept"]) == ("epoch", "the best by eval_loss")
+    assert judged.plan.settings["autocast"] == "bfloat16"
+    assert judged.plan.steps == 3
+    assert "kept" not in planned(tiny_model, monkeypatch, held_out=3, eval_strategy="no").plan.settings
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_either_name_of_checkpointing_counts_in_the_forecast(name, tiny_model: Path, monkeypatch) -> None:
+    without = planned(tiny_model, monkeypatch).plan.memory
+    assert planned(tiny_model, monkeypatch, **{name: True}).plan.memory["activations"] < without["activations"]
 
 
 def test_a_refused_key_is_explained_once() -> None:

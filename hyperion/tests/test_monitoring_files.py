@@ -25,6 +25,13 @@ def test_half_a_line_is_neither_read_nor_kept(file):
     assert file.path.read_text(encoding="utf-8").count("\n") == 4
 
 
+def test_separators_that_unicode_calls_line_ends_are_text(file):
+    text = "a\u2028b\u2029c\u0085d\x0be\rf\ng"
+    file.append({"step": 4, "generated": text})
+    file.cut_after(4)
+    assert [line.get("generated") for line in file.read()] == [None, None, None, text]
+
+
 def test_half_of_the_very_first_line_is_no_obstacle(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.path.write_text('{"step": 1')

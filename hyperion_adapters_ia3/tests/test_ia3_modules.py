@@ -142,6 +142,7 @@ def test_modules_that_nothing_shows_are_asked_for() -> None:
         ({"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "feedforward_modules"),
         ({"target_modules": []}, "target_modules"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"target_modules": "k_(proj"}, "target_modules"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], path: str) -> None:

@@ -50,6 +50,12 @@ def facts(model_type: str = "llama", tied: bool = True) -> ModelFacts:
         ({"bias": "some"}, "bias", "lora_only"),
         ({"task_type": "SEQ_CLS"}, "task_type", "CAUSAL_LM"),
         ({"lora_alhpa": 3}, "lora_alhpa", "lora_alpha"),
+        ({"target_modules": "q_(proj"}, "target_modules", "unterminated subpattern"),
+        ({"exclude_modules": "*proj"}, "exclude_modules", "nothing to repeat"),
+        ({"rank_pattern": {"q_(proj": 4}}, "rank_pattern", "unterminated subpattern"),
+        ({"alpha_pattern": {"[q": 4}}, "alpha_pattern", "unterminated character set"),
+        ({"layers_pattern": ["layers["], "layers_to_transform": 1}, "layers_pattern", "unterminated character set"),
+        ({"modules_to_save": ["norm("]}, "modules_to_save", "unterminated subpattern"),
     ],
 )
 def test_an_impossible_option_is_refused_with_its_reason(options: dict[str, Any], path: str, words: str) -> None:

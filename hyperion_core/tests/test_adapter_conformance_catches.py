@@ -163,6 +163,22 @@ class SavesTooLittle(ScaleAdapter):
         return paths
 
 
+class TrainsInTheBasesType(ScaleAdapter):
+    def adapter_apply(self, model: Any, name: str, config: Any, ctx: RunContext) -> Any:
+        model = super().adapter_apply(model, name, config, ctx)
+        for _, module in scaled(model):
+            module.factors[name].data = module.factors[name].data.to(module.inner.weight.dtype)
+        return model
+
+
+class LoadsInTheBasesType(ScaleAdapter):
+    def adapter_load(self, model: Any, name: str, folder: Path, trainable: bool, ctx: RunContext) -> Any:
+        model = super().adapter_load(model, name, folder, trainable, ctx)
+        for _, module in scaled(model):
+            module.factors[name].data = module.factors[name].data.to(module.inner.weight.dtype)
+        return model
+
+
 class LeavesAChange(ScaleAdapter):
     def adapter_unload(self, model: Any, name: str) -> Any:
         for path, module in scaled(model):
@@ -235,6 +251,8 @@ BROKEN = [
         "require a gradient and are not in",
     ),
     (ClaimsTheBase, "test_only_the_declared_parameters_train", "training changed parameters of the base"),
+    (TrainsInTheBasesType, "test_what_trains_is_float32", "adapter_apply gives parameters to train that are not"),
+    (LoadsInTheBasesType, "test_what_trains_is_float32", "adapter_load gives parameters to train that are not"),
     (SavesTooMuch, "test_the_file_holds_exactly_the_declared_tensors", "holds 1 tensors that"),
     (SavesTooLittle, "test_the_file_holds_exactly_the_declared_tensors", "but not in the file"),
     (SavesTooLittle, "test_saved_and_loaded_it_gives_the_same_logits", "it gives other logits"),

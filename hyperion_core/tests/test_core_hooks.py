@@ -6,10 +6,11 @@ import logging
 
 import pytest
 from hyperion_core import hookimpl
+from hyperion_core.config import PluginConfig
 from hyperion_core.distributions import PluginEntry
-from hyperion_core.errors import PluginHookError
+from hyperion_core.errors import ConfigError, PluginHookError
 from hyperion_core.hooks import RunHooks, check_hooks
-from hyperion_core.kinds import Adapter, Curriculum, Objective, Observer, Scheduler
+from hyperion_core.kinds import Adapter, Curriculum, Objective, Observer, Safeguard, Scheduler, Tracker
 
 
 def refused(plugin) -> PluginHookError:
@@ -95,6 +96,19 @@ def test_an_open_end_is_no_argument_of_a_hook_for_nothing_would_arrive_in_it():
         def scheduler_build(self, config, **rest): ...
 
     assert "scheduler_build does not have: rest" in refused(Mine).what
+
+
+def test_an_argument_that_would_never_get_its_value():
+    class Defaulted(Observer):
+        def run_start(self, plan=None): ...
+
+    class ByKeyword(Scheduler):
+        def scheduler_build(self, *, horizons): ...
+
+    error = refused(Defaulted)
+    assert "the argument plan of run_start with a default" in error.what
+    assert error.fix.startswith("give it no default")
+    assert "the argument horizons of scheduler_build" in refused(ByKeyword).what
 
 
 def test_a_hook_of_another_kind():
@@ -197,6 +211,28 @@ def test_each_kind_of_driver_has_a_typed_door(kind):
     assert getattr(getattr(hooks, door)("mine"), hook)(*positional) == "mine"
 
 
+@pytest.mark.parametrize("base", [Observer, Tracker, Safeguard])
+def test_each_plugin_of_a_list_has_its_own_config(base):
+    class Options(PluginConfig):
+        every: int = 1
+
+    class Demanding(PluginConfig):
+        path: str
+
+    mine = type("Mine", (base,), {"config_class": Options})
+    hooks, given, plain = RunHooks(), mine(), mine()
+    hooks.add(given, "given", Options(every=5))
+    hooks.add(plain, "plain")
+    assert (given.config, plain.config) == (Options(every=5), Options())
+    with pytest.raises(ConfigError, match="Demanding has 1 problem"):
+        hooks.add(type("Picky", (base,), {"config_class": Demanding})(), "picky")
+
+
+def test_a_drivers_config_comes_with_each_call():
+    with pytest.raises(TypeError, match="scheduler:mine is a driver"):
+        RunHooks().add(Building(), "mine", PluginConfig())
+
+
 def test_an_error_of_a_driver_goes_through():
     class Failing(Scheduler):
         def scheduler_build(self):
@@ -240,6 +276,30 @@ def test_an_observer_that_raises_is_warned_about_once_and_muted_everywhere(caplo
     assert (Faulty.calls, good.seen) == (1, [1, 2, 3])
     (record,) = caplog.records
     assert record.getMessage() == ("observer faulty raised in run_step and is muted for this run: OSError('disk full')")
+
+
+def test_no_observer_stops_a_run_at_its_start(caplog):
+    class Failing(Observer):
+        def run_start(self, plan):
+            raise RuntimeError("mine")
+
+    class Defaulted(Observer):  # check_hooks refuses it; some versions of pluggy give `plan` by keyword
+        def run_start(self, ctx, plan=None):
+            raise RuntimeError("mine")
+
+    class Wrapping(Observer):
+        @hookimpl(wrapper=True)
+        def run_start(self, ctx, plan=None):
+            raise RuntimeError("mine")
+            yield
+
+    hooks, heard = RunHooks(), []
+    listening = type("Listening", (Observer,), {"run_start": lambda self, plan: heard.append(plan)})
+    for observer in (Failing, Defaulted, listening, Wrapping):
+        hooks.add(observer(), observer.__name__)
+    hooks.observe("run_start", plan="the plan", ctx=None)
+    assert heard == ["the plan"]
+    assert len(caplog.records) == 3
 
 
 def test_an_observer_may_wrap_another_observers_hook():

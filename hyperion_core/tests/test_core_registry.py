@@ -74,11 +74,20 @@ def test_a_missing_plugin_of_a_named_distribution(one):
     assert caught.value.fix == "python -m pip install zebra"
 
 
-def test_a_missing_plugin_with_no_close_name_gets_an_install_command(registry):
+@pytest.mark.parametrize(
+    "name, fix",
+    [
+        ("two_bits", 'python -m pip install "hyperion-ft[two_bits]"'),
+        ("bnb", "install the distribution that offers it, then see `hyperion plugins list`"),
+    ],
+)
+def test_a_missing_plugin_with_no_close_name_names_an_extra_that_exists(registry, fake_dist, name, fix):
+    metadata = "Metadata-Version: 2.4\nName: hyperion-ft\nVersion: 1\nProvides-Extra: dev\nProvides-Extra: Two-Bits"
+    fake_dist("hyperion-ft", {}, {}, files={"METADATA": metadata})
     with pytest.raises(PluginNotFoundError) as caught:
-        registry.load("quantizer", "bnb")
+        registry.load("quantizer", name)
     assert caught.value.why == "no quantizer is installed at all"
-    assert '"hyperion-ft[bnb]"' in caught.value.fix
+    assert caught.value.fix == fix
 
 
 def test_a_broken_plugin_that_is_asked_for_is_a_load_error_with_its_cause(one):
@@ -183,6 +192,16 @@ def test_a_public_name_lives_in_a_plugin(fake_dist):
     with pytest.raises(PluginNotFoundError, match="WramConfig") as caught:
         fake_dist.registry().exported("WramConfig")
     assert caught.value.fix == 'did you mean "WarmConfig"?'
+
+
+def test_a_public_name_that_two_offer_is_imported_from_its_own_module(fake_dist):
+    for owner in ("acme", "bolt"):
+        fake_dist(f"{owner}-warm", {"hyperion.exports": {"WarmConfig": f"{owner}_warm.parts:WarmConfig"}}, {})
+    with pytest.raises(PluginConflictError) as caught:
+        fake_dist.registry().exported("WarmConfig")
+    assert caught.value.fix == "import it from its own module: " + " or ".join(
+        f"from {owner}_warm.parts import WarmConfig" for owner in ("acme", "bolt")
+    )
 
 
 def test_a_class_can_be_registered_in_process(registry):

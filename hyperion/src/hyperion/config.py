@@ -125,6 +125,8 @@ class FinetuneConfig(StrictModel):
         """Plain data that `parse` reads back to an equal config."""
         data = self.model_dump(mode="json", exclude_none=True, serialize_as_any=True)
         data["training"] = {key: value for key, value in data["training"].items() if value is not None}
+        if self.training.lr_scheduler_type:
+            del data["training"]["lr_scheduler"]  # its default: the two are refused together
         return data
 
     @field_validator("adapter", mode="wrap")
@@ -168,12 +170,17 @@ class FinetuneConfig(StrictModel):
     @field_validator("plugins", mode="after")
     @classmethod
     def _observers(cls, value: list[str]) -> list[str]:
-        problems = []
+        problems, seen = [], set()
         for index, name in enumerate(value):
             try:
                 registry().load("observer", name)
             except PluginError as error:
                 problems.append(Problem(str(index), error.what, error.why, error.fix))
+                continue
+            qualified = registry().find("observer", name).qualified
+            if qualified in seen:
+                problems.append(Problem(str(index), f'"{name}" stands twice', fix="leave it out"))
+            seen.add(qualified)
         raise_problems(problems)
         return value
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hyperion_core.facts import Cost, ModelFacts, Workload
 
+from .engine.chunk import LOGITS_CHUNK
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_CHUNK = 256  # supervised positions whose logits exist at one time: hyperion.engine.loss works in chunks of this size
 
 
 def forecast(facts: ModelFacts, adapter: Cost, quantizer: Cost | None, work: Workload) -> dict[str, int]:
@@ -29,5 +30,5 @@ def forecast(facts: ModelFacts, adapter: Cost, quantizer: Cost | None, work: Wor
         "gradients": trained,
         "optimizer": 2 * trained,
         "activations": tokens * kept * size + adapter.memory.get("activations", 0),
-        "logits": 3 * 4 * min(tokens, _CHUNK) * facts.vocab_size,
+        "logits": 3 * 4 * min(tokens, LOGITS_CHUNK) * facts.vocab_size,
     }

@@ -5,19 +5,24 @@ Whatever a method can be is asked of the run's plugins through `planned.hooks`; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperion_core.artifact import Artifact
+from hyperion_core.config import AdapterConfig
 from hyperion_core.context import NoProgress, Progress, RunContext
 from hyperion_core.errors import DataError
 
 from .config import FinetuneConfig
-from .output import claim_output, write_artifact
-from .planning import Planned, Rows, make_plan, quantizer_name, uniform_bits
+from .data.identity import data_hashes, source_hash
+from .data.row_hook import RowHook
+from .models.facts import model_facts
+from .models.source import resolve_source
+from .output import check_same_data, claim_output, read_prepared, write_artifact, write_prepared
+from .planning import Planned, Rows, effective_max_length, make_plan, quantizer_name, uniform_bits
+from .training_checks import length_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,19 +69,20 @@ def run(
     if train is None and config.dataset is None:
         raise DataError("there is no data", why="neither the config nor the call gives any",
                         fix="set dataset: in the config, or pass train_dataset")  # fmt: skip
-    planned = make_plan(config, rows=None if train is None else Rows(len(train), len(evaluation) if evaluation else 0))
+    planned = plan_run(config, train, evaluation)
     folder, checkpoint = claim_output(Path(output_dir), planned.plan, resume=resume)
     ctx = start_context(planned, folder, progress or NoProgress())
     planned.hooks.observe("run_start", plan=planned.plan, ctx=ctx)
     try:
         base = obtain_base(planned, config, ctx)
         tokenizer, new_ids = load_tokenizer(base, config)
-        tokens = prepare_data(planned, config, tokenizer, ctx, train, evaluation)
+        tokens = prepare_data(base, planned, config, tokenizer, ctx, train, evaluation)
+        check_same_data(folder, data_hashes(tokens.train, tokens.evaluation), resume=resume)
         model = load_base(base, planned, config, tokenizer, new_ids, ctx)
-        ctx = with_new_tokens(ctx, new_ids)
-        model = attach_adapter(model, planned, config, checkpoint, ctx)
-        fitted = fit(model, tokenizer, tokens, planned, config, checkpoint, ctx)
-        artifact = leave_artifact(fitted, tokenizer, tokens, planned, config, ctx)
+        ctx = replace(ctx, new_token_ids=tuple(new_ids))
+        model, adapter = attach_adapter(model, planned, config, tokenizer, tokens, checkpoint, ctx)
+        fitted = fit(model, tokenizer, tokens, planned, config, adapter, checkpoint, ctx)
+        artifact = leave_artifact(fitted, tokenizer, tokens, planned, config, adapter, ctx)
         publish(artifact, config, ctx)
     except BaseException as error:
         planned.hooks.observe("run_error", error=error, ctx=ctx)
@@ -85,20 +91,32 @@ def run(
     return artifact
 
 
+def plan_run(config: FinetuneConfig, train: Dataset | None, evaluation: Dataset | None) -> Planned:
+    """The plan, made again on the device that torch really finds, with the training arguments checked."""
+    from .engine.fit import check_arguments
+    from .models.hardware import actual_device
+
+    held_out = len(evaluation) if evaluation is not None else None
+    rows = None if train is None else Rows(len(train), held_out or 0)
+    device = "cpu" if getattr(config.training, "use_cpu", False) else actual_device()
+    planned = make_plan(config, rows=rows, evaluation_rows=held_out, device=device)
+    splits = train is None and config.dataset is not None and config.dataset.validation_split > 0
+    check_arguments(config.training.arguments(evaluates=splits or bool(held_out)))
+    return planned
+
+
 def start_context(planned: Planned, folder: Path, progress: Progress) -> RunContext:
     """What every plugin is told about this run; seeds every generator."""
     from transformers import set_seed
 
     from .models.cache import cache_dir
-    from .models.hardware import actual_device
 
     seed = planned.plan.config["training"]["seed"]
     set_seed(seed)
-    use_cpu = planned.plan.config["training"].get("use_cpu", False)
     return RunContext(
         plan=planned.plan,
         seed=seed,
-        device="cpu" if use_cpu else actual_device(),
+        device=planned.plan.device,
         output=folder,
         cache=cache_dir(),
         progress=progress,
@@ -139,6 +157,7 @@ def load_tokenizer(base: Path, config: FinetuneConfig) -> tuple[PreTrainedTokeni
 
 
 def prepare_data(
+    base: Path,
     planned: Planned,
     config: FinetuneConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -152,18 +171,23 @@ def prepare_data(
     provenance: dict[str, Any] = {"kind": "given in Python"}
     if train is None:
         assert planned.processor is not None
-        train, evaluation = planned.processor.prepare(progress=ctx.progress)
+        train, split_off = planned.processor.prepare(progress=ctx.progress)
+        evaluation = evaluation if evaluation is not None else split_off
         provenance = planned.processor.provenance()
     else:
         provenance["fingerprint"] = getattr(train, "_fingerprint", None)
+    facts = planned.facts if planned.facts.known else model_facts(resolve_source(str(base)))
+    config.refuse([problem.at("training") for problem in length_problems(config.training, facts)])
     objective = planned.hooks.plugin("objective", config.objective.type)
-    sequences: Callable[..., Any] = partial(objective.objective_sequences, config.objective)  # type: ignore[attr-defined]
-    choice = next(choice for choice in planned.plan.choices if choice.kind == "objective")
-    identity = f"{choice.distribution} {choice.version} {config.objective.model_dump_json()}"
     tokenized = partial(
-        tokenize, tokenizer=tokenizer, sequences=sequences, max_length=config.training.max_length,
-        cache_dir=ctx.cache / "tokens", fingerprint_of=identity, progress=ctx.progress,
-    )  # fmt: skip
+        tokenize,
+        tokenizer=tokenizer,
+        sequences=RowHook(objective, config.objective),
+        max_length=effective_max_length(config, facts),
+        cache_dir=ctx.cache / "tokens",
+        fingerprint_of=f"{source_hash(type(objective))} {config.objective.model_dump_json()}",
+        progress=ctx.progress,
+    )
     tokens, report = tokenized(train)
     _tell("training data", report, ctx)
     held_out = None
@@ -178,6 +202,10 @@ def _tell(what: str, report: TokenReport, ctx: RunContext) -> None:
         "%s: %d rows, %d tokens, %d of them learnt, longest row %d",
         what, report.rows, report.tokens, report.supervised, report.longest,
     )  # fmt: skip
+    if report.truncated:
+        ctx.log.warning(
+            "%s: %d of %d rows were cut at max_length: their ends are not learnt", what, report.truncated, report.rows
+        )
     for warning in report.warnings:
         ctx.log.warning("%s: %s", what, warning)
 
@@ -215,21 +243,31 @@ def load_base(
     return model
 
 
-def with_new_tokens(ctx: RunContext, new_ids: list[int]) -> RunContext:
-    """The same run, whose adapter is told which embedding rows to train."""
-    return replace(ctx, new_token_ids=tuple(new_ids))
-
-
 def attach_adapter(
-    model: Module, planned: Planned, config: FinetuneConfig, checkpoint: Path | None, ctx: RunContext
-) -> Module:
-    """A fresh adapter on the frozen base, or the checkpoint's."""
+    model: Module,
+    planned: Planned,
+    config: FinetuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
+    checkpoint: Path | None,
+    ctx: RunContext,
+) -> tuple[Module, AdapterConfig]:
+    """A fresh adapter on the frozen base, or the checkpoint's; and the config that is in force.
+
+    An adapter that initialises from data (`adapter_prepare`) may change its config; a resumed run finds it again.
+    """
+    from .engine.batches import training_batches
+
     adapter = planned.hooks.adapter(config.adapter.type)
     if checkpoint is not None:
+        in_force = read_prepared(ctx.output, config.adapter)
         return adapter.adapter_load(
             model=model, name=ADAPTER_NAME, folder=checkpoint / "adapter", trainable=True, ctx=ctx
-        )
-    return adapter.adapter_apply(model=model, name=ADAPTER_NAME, config=config.adapter, ctx=ctx)
+        ), in_force
+    batches = training_batches(tokens.train, tokenizer, config.training.per_device_train_batch_size, ctx.device)
+    prepared = adapter.adapter_prepare(config=config.adapter, model=model, batches=batches, ctx=ctx)
+    in_force = write_prepared(ctx.output, prepared) if prepared is not None else config.adapter
+    return adapter.adapter_apply(model=model, name=ADAPTER_NAME, config=in_force, ctx=ctx), in_force
 
 
 def fit(
@@ -238,6 +276,7 @@ def fit(
     tokens: Tokens,
     planned: Planned,
     config: FinetuneConfig,
+    adapter: AdapterConfig,
     checkpoint: Path | None,
     ctx: RunContext,
 ) -> FitResult:
@@ -253,7 +292,7 @@ def fit(
         arguments={"output_dir": str(ctx.output), **training.arguments(evaluates=tokens.evaluation is not None)},
         hooks=planned.hooks,
         ctx=ctx,
-        adapter=(config.adapter.type, config.adapter),
+        adapter=(config.adapter.type, adapter),
         objective=(config.objective.type, config.objective),
         scheduler=(config.scheduler().type, config.scheduler()),
         early_stopping_patience=training.early_stopping_patience,
@@ -269,13 +308,14 @@ def leave_artifact(
     tokens: Tokens,
     planned: Planned,
     config: FinetuneConfig,
+    adapter: AdapterConfig,
     ctx: RunContext,
 ) -> Artifact:
     """Adapter, tokenizer, plan, versions, hashes, metrics, and a model card that tells them."""
     from .monitoring.plot import draw_loss_curve
 
     planned.hooks.adapter(config.adapter.type).adapter_save(
-        model=fitted.model, name=ADAPTER_NAME, config=config.adapter, folder=ctx.output, for_resume=False
+        model=fitted.model, name=ADAPTER_NAME, config=adapter, folder=ctx.output, for_resume=False
     )
     tokenizer.save_pretrained(ctx.output)
     draw_loss_curve(ctx.output / "metrics.jsonl", ctx.output / "loss.png")
@@ -283,6 +323,7 @@ def leave_artifact(
         ctx.output,
         planned,
         config,
+        adapter,
         metrics=fitted.metrics,
         data={**tokens.provenance, "tokenized": asdict(tokens.report)},
     )
@@ -293,5 +334,5 @@ def publish(artifact: Artifact, config: FinetuneConfig, ctx: RunContext) -> None
     if config.training.push_to_hub:
         from .deployment.hub import push
 
-        assert config.training.hub_model_id is not None
-        push(artifact, config.training.hub_model_id, private=config.training.hub_private_repo, log=ctx.log.info)
+        name = config.training.hub_model_id or artifact.folder.resolve().name
+        push(artifact, name, private=config.training.hub_private_repo, log=ctx.log.info)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from hyperion_core.compatibility import check_pair
 from hyperion_core.errors import CompatibilityError, DataError, HyperionError, ModelError, Problem
-from hyperion_core.facts import BitPlan, Cost, ModelFacts, Workload
+from hyperion_core.facts import BitPlan, Cost, Horizon, ModelFacts, Workload
 from hyperion_core.hooks import RunHooks
 from hyperion_core.kinds import Adapter, Quantizer
 from hyperion_core.plan import Check, Choice, Plan
@@ -23,8 +23,10 @@ from .memory import forecast
 from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
+from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +52,45 @@ class Planned:
     processor: DatasetProcessor | None
 
 
-def make_plan(config: FinetuneConfig, *, rows: Rows | None = None) -> Planned:
+def make_plan(
+    config: FinetuneConfig,
+    *,
+    rows: Rows | None = None,
+    evaluation_rows: int | None = None,
+    device: str | None = None,
+) -> Planned:
     """Settle every choice of a run and look for everything that could stop it.
 
     Args:
         config: what is asked for.
         rows: how many rows there are, where the caller already holds the datasets; else the config's are counted.
+        evaluation_rows: how many rows the caller holds to evaluate on, in place of the config's.
+        device: what the run will use, where that is known; else it is guessed. `use_cpu` overrules both.
 
     Raises:
         ConfigError: with every problem at once.
     """
     problems: list[Problem] = []
+    training = config.training
     hooks, choices = choose_plugins(config)
     source, facts = _base_model(config, problems)
     processor = _processor(config, problems)
-    device = "cpu" if getattr(config.training, "use_cpu", False) else plan_device()
+    rows = rows or _counted(config, processor, problems)
+    if evaluation_rows is not None:
+        rows = replace(rows, evaluation=evaluation_rows)
+    device = "cpu" if getattr(training, "use_cpu", False) else device or plan_device()
     dtype = choose_dtype(config.dtype, device)
+    steps, why_no_steps = optimizer_steps(config, rows)
     _check_adapter(config, hooks, facts, problems)
     bits = _check_quantizer(config, hooks, facts, device, problems)
+    found = hooks.objective(config.objective.type).objective_check(config=config.objective)
+    problems += [problem.at("objective") for problem in found or []]
+    _check_training(config, facts, rows, device, problems)
+    _check_scheduler(config, hooks, steps, problems)
     config.refuse(problems)
     assert source is not None
 
     targets = _adapter_targets(config, hooks, facts)
-    rows = rows or count_rows(config, processor)
-    steps, why_no_steps = optimizer_steps(config, rows)
     memory, trainable = _memory(config, hooks, facts, bits, dtype)
     plan = Plan(
         config=config.as_data(),
@@ -90,6 +107,11 @@ def make_plan(config: FinetuneConfig, *, rows: Rows | None = None) -> Planned:
         versions=versions(choices),
     )
     return Planned(plan, hooks, source, facts, processor)
+
+
+def effective_max_length(config: FinetuneConfig, facts: ModelFacts) -> int:
+    """Tokens of a row that are kept: what was asked for, or its default within the model's context."""
+    return config.training.max_length or min(_MAX_LENGTH, facts.context_length or _MAX_LENGTH)
 
 
 def choose_plugins(config: FinetuneConfig) -> tuple[RunHooks, list[Choice]]:
@@ -134,7 +156,8 @@ def optimizer_steps(config: FinetuneConfig, rows: Rows) -> tuple[int | None, str
         return training.max_steps, ""
     if rows.train is None:
         return None, "the data is counted when it is loaded"
-    batches = math.ceil(rows.train / training.per_device_train_batch_size)
+    full, rest = divmod(rows.train, training.per_device_train_batch_size)
+    batches = full + bool(rest and not getattr(training, "dataloader_drop_last", None))
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return math.ceil(per_epoch * training.num_train_epochs), ""
 
@@ -171,6 +194,38 @@ def _processor(config: FinetuneConfig, problems: list[Problem]) -> DatasetProces
     except DataError as error:
         problems.append(_problem("dataset", error))
     return None
+
+
+def _counted(config: FinetuneConfig, processor: DatasetProcessor | None, problems: list[Problem]) -> Rows:
+    try:
+        return count_rows(config, processor)
+    except DataError as error:
+        problems.append(_problem("dataset", error))
+        return Rows(None, None)
+
+
+def _check_training(
+    config: FinetuneConfig, facts: ModelFacts, rows: Rows, device: str, problems: list[Problem]
+) -> None:
+    training = config.training
+    found = length_problems(training, facts) + device_problems(training, device)
+    found += batch_problems(training, rows.train, rows.evaluation)
+    if not rows.evaluates:
+        found += evaluation_problems(training)
+    problems += [problem.at("training") for problem in found]
+
+
+def _check_scheduler(config: FinetuneConfig, hooks: RunHooks, steps: int | None, problems: list[Problem]) -> None:
+    if steps is None:
+        return
+    training, scheduler = config.training, config.scheduler()
+    found = hooks.scheduler(scheduler.type).scheduler_check(
+        config=scheduler,
+        horizon=Horizon(steps, training.warmup_in_force(steps)),
+        learning_rate=training.learning_rate,
+    )
+    where = "lr_scheduler_type" if training.lr_scheduler_type else "lr_scheduler"
+    problems += [problem.at(f"training.{where}") for problem in found or []]
 
 
 def _check_adapter(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, problems: list[Problem]) -> None:
@@ -221,9 +276,9 @@ def _memory(
     training = config.training
     work = Workload(
         batch=training.per_device_train_batch_size,
-        length=min(training.max_length, facts.context_length or training.max_length),
+        length=effective_max_length(config, facts),
         dtype=dtype,
-        checkpointing=bool(getattr(training, "gradient_checkpointing", False)),
+        checkpointing=training.checkpoints_activations(),
     )
     adapter = hooks.adapter(config.adapter.type).adapter_estimate(config=config.adapter, model=facts, work=work)
     # Rows of the embedding, and of a head of its own, that the run adds: no adapter can know of them while planning.
@@ -247,8 +302,11 @@ def _settings(config: FinetuneConfig, facts: ModelFacts, targets: list[str] | No
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     settings["batch"] = (
         f"{batch} rows a step ({training.per_device_train_batch_size} × {training.gradient_accumulation_steps})"
-        f", at most {training.max_length} tokens a row"
+        f", at most {effective_max_length(config, facts)} tokens a row"
     )
+    for name, kind in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(training, name, None):
+            settings["autocast"] = kind
     settings["learning rate"] = f"{training.learning_rate:g}"
     settings["gradient clipping"] = f"norm {training.max_grad_norm:g}" if training.max_grad_norm else "none"
     settings["evaluation"] = training.eval_strategy_in_force(rows.evaluates)

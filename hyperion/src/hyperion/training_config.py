@@ -6,89 +6,18 @@ not import transformers, and a field is known exactly when the installed version
 
 from __future__ import annotations
 
-import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from hyperion_core.config import StrictModel
 from hyperion_core.errors import Problem
-from hyperion_core.foreign import foreign_fields, foreign_keys, foreign_values, with_foreign_fields
-from hyperion_core.suggest import did_you_mean
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from hyperion_core.foreign import foreign_fields, with_foreign_fields
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from .refused_arguments import REFUSED, argument_problems
 
 _ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
-_ELSEWHERE = "it is said elsewhere"
-_REPLACED = "the engine does this its own way, so the field would do nothing"
-_LATER = "this version runs one process on one device"
-_INEXACT = "it would break exact resume"
-
-_DISTRIBUTED = (
-    "ddp_find_unused_parameters",
-    "ddp_bucket_cap_mb",
-    "ddp_broadcast_buffers",
-    "ddp_static_graph",
-    "ddp_backend",
-    "ddp_timeout",
-    "local_rank",
-    "average_tokens_across_devices",
-    "save_on_each_node",
-    "log_on_each_node",
-    "log_level_replica",
-)
-_ENGINES_OWN = (
-    "include_for_metrics",
-    "batch_eval_metrics",
-    "eval_do_concat_batches",
-    "eval_use_gather_object",
-    "eval_accumulation_steps",
-    "prediction_loss_only",
-    "label_names",
-    "length_column_name",
-    "remove_unused_columns",
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "debug",
-    "skip_memory_metrics",
-    "include_num_input_tokens_seen",
-)
-
-# Fields of TrainingArguments that are refused, each with (why, fix): a key that is accepted is honoured.
-REFUSED: dict[str, tuple[str, str]] = {
-    "output_dir": (_ELSEWHERE, "put output_dir at the top of the config, or use --output_dir"),
-    "resume_from_checkpoint": (_ELSEWHERE, "use --resume, or Trainer.train(resume=True)"),
-    "hub_token": ("a config is copied into the plan and published", "log in with `hf auth login`, or set HF_TOKEN"),
-    "label_smoothing_factor": (
-        "the loss is computed from the log-probabilities of the labels alone",
-        "leave it out; it cannot be had in this version",
-    ),
-    "logging_nan_inf_filter": ("a loss that is not finite stops the run and says where", "leave it out"),
-    "disable_tqdm": (_REPLACED, "leave it out: progress becomes plain lines when stderr is no terminal"),
-    "use_liger_kernel": ("it patches transformers for the whole process", "leave it out"),
-    "liger_kernel_config": ("it patches transformers for the whole process", "leave it out"),
-    "torch_compile": ("the chunked loss was not shown to be exact under it", "leave it out"),
-    "torch_compile_backend": ("the chunked loss was not shown to be exact under it", "leave it out"),
-    "torch_compile_mode": ("the chunked loss was not shown to be exact under it", "leave it out"),
-    "ignore_data_skip": (_INEXACT, "leave it out"),
-    "save_only_model": (_INEXACT, "leave it out; use save_total_limit to save disk"),
-    "restore_callback_states_from_checkpoint": (_INEXACT, "leave it out: --resume restores all state"),
-    "auto_find_batch_size": (_INEXACT, "choose per_device_train_batch_size"),
-    "enable_jit_checkpoint": (_REPLACED, "leave it out"),
-    "use_cache": (_REPLACED, "leave it out"),
-    "bf16_full_eval": ("evaluation uses the weights as they are trained", "set dtype at the top of the config"),
-    "fp16_full_eval": ("evaluation uses the weights as they are trained", "set dtype at the top of the config"),
-    "hub_strategy": ("the finished artifact is pushed, once", "leave it out"),
-    "hub_always_push": ("the finished artifact is pushed, once", "leave it out"),
-    "hub_revision": ("the finished artifact is pushed to the main branch", "leave it out"),
-    "optim_target_modules": ("an adapter says what is trained", "choose adapter.target_modules"),
-    "fsdp": (_LATER, "leave it out"),
-    "fsdp_config": (_LATER, "leave it out"),
-    "deepspeed": (_LATER, "leave it out"),
-    "parallelism_config": (_LATER, "leave it out"),
-    "accelerator_config": (_LATER, "leave it out"),
-    **dict.fromkeys(_DISTRIBUTED, (_LATER, "leave it out")),
-    **dict.fromkeys(_ENGINES_OWN, (_REPLACED, "leave it out")),
-}
 
 # Keys of this model that transformers' arguments do not have: they go elsewhere.
 _OURS = frozenset(
@@ -107,19 +36,31 @@ _OURS = frozenset(
     }
 )
 
+
+def _share_or_whole(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("below 1 it is a share of the run, above a number of steps, which must be whole")
+    return value
+
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+StepsOrShare = Annotated[PositiveFloat, AfterValidator(_share_or_whole)]
 
 
 @with_foreign_fields(*_ARGUMENTS, leave_out=frozenset(REFUSED))
 class TrainingConfig(StrictModel):
     """How the model is trained. Every field of `transformers.TrainingArguments` that is honoured may stand here."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     num_train_epochs: PositiveFloat = Field(3.0, description="Passes over the training data.")
-    max_steps: int = Field(-1, description="Optimizer steps; -1 leaves it to num_train_epochs.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 leaves it to num_train_epochs.")
     per_device_train_batch_size: PositiveInt = Field(8, description="Rows in a micro-batch.")
     per_device_eval_batch_size: PositiveInt = Field(8, description="Rows in a batch of evaluation.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-batches in an optimizer step.")
-    max_length: PositiveInt = Field(1024, description="Tokens of a row that are kept, at most.")
+    max_length: PositiveInt | None = Field(
+        None, description="Tokens of a row that are kept; by default 1024, or what the model reads if that is less."
+    )
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are clipped to this norm; 0 clips nothing.")
@@ -129,20 +70,24 @@ class TrainingConfig(StrictModel):
     lr_scheduler_type: str | None = Field(None, description="transformers' name for lr_scheduler.")
     lr_scheduler_kwargs: dict[str, Any] | None = Field(None, description="transformers' name for its options.")
     warmup_ratio: Fraction | None = Field(None, description="Share of the steps that warm up.")
-    warmup_steps: NonNegativeFloat | None = Field(None, description="Steps that warm up; below 1, a share.")
+    warmup_steps: Annotated[NonNegativeFloat, AfterValidator(_share_or_whole)] | None = Field(
+        None, description="Steps that warm up; below 1, a share."
+    )
     neftune_noise_alpha: PositiveFloat | None = Field(None, description="Noise on embeddings (NEFTune, 2310.05914).")
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after so many evaluations without a better metric_for_best_model."
     )
-    eval_steps: PositiveFloat | None = Field(None, description="Evaluate every so many steps; below 1, a share.")
-    save_steps: PositiveFloat | None = Field(None, description="A checkpoint every so many steps; below 1, a share.")
-    logging_steps: PositiveFloat = Field(10, description="A line in metrics.jsonl every so many steps.")
+    eval_steps: StepsOrShare | None = Field(None, description="Evaluate every so many steps; below 1, a share.")
+    save_steps: StepsOrShare | None = Field(None, description="A checkpoint every so many steps; below 1, a share.")
+    logging_steps: StepsOrShare = Field(
+        10, description="A line in metrics.jsonl every so many steps; below 1, a share."
+    )
     save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; the best one is always kept.")
     eval_samples: NonNegativeInt = Field(3, description="Answers generated and shown at each evaluation.")
     eval_samples_max_new_tokens: PositiveInt = Field(64, description="Length of each of them, in tokens.")
-    seed: NonNegativeInt = Field(42, lt=2**32, description="Of initialisation, dropout, data order and split.")
+    seed: NonNegativeInt = Field(42, lt=2**32, description="Of initialisation, dropout and data order.")
     push_to_hub: bool = Field(False, description="Upload the finished artifact.")
-    hub_model_id: str | None = Field(None, description="owner/name to upload to; required with push_to_hub.")
+    hub_model_id: str | None = Field(None, description="owner/name to upload to; by default the output folder's name.")
     hub_private_repo: bool | None = Field(None, description="Create the repository as a private one.")
     eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
         None, description="When to evaluate; by default eval_steps, or every epoch."
@@ -158,36 +103,35 @@ class TrainingConfig(StrictModel):
         None, description="Keep the best model, not the last; by default whenever there is an evaluation."
     )
     optim: str | None = Field(None, description="The optimizer, by transformers' name.")
+    adam_beta1: Fraction | None = Field(None, description="AdamW: decay of the mean of gradients.")
+    adam_beta2: Fraction | None = Field(None, description="AdamW: decay of the mean of their squares.")
+    adam_epsilon: PositiveFloat | None = Field(None, description="AdamW: added to the divisor.")
+    data_seed: Annotated[NonNegativeInt, Field(lt=2**32)] | None = Field(
+        None, description="Of the data order; by default seed."
+    )
+    eval_delay: NonNegativeFloat | None = Field(None, description="Epochs or steps before the first evaluation.")
+    dataloader_num_workers: NonNegativeInt | None = Field(None, description="Processes that prepare batches.")
+    dataloader_prefetch_factor: PositiveInt | None = Field(None, description="Batches that each of them keeps ready.")
+    dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = Field(
+        None, description="How they are started."
+    )
+    torch_empty_cache_steps: PositiveInt | None = Field(
+        None, description="Give unused GPU memory back every so many steps."
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | None = Field(None, description="Options of gradient_checkpointing.")
+    activation_checkpointing_kwargs: dict[str, Any] | None = Field(
+        None, description="Options of activation_checkpointing, transformers' newer name for gradient_checkpointing."
+    )
+    log_level: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"] | None = Field(
+        None, description="How much transformers logs."
+    )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         "random", description="Order of the rows in an epoch."
     )
 
     @classmethod
     def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:
-        found = [Problem(key, f'"{key}" is not taken', why, fix) for key, (why, fix) in REFUSED.items() if key in data]
-        found += _both(data, "warmup_ratio", "warmup_steps", "they say the same thing twice")
-        found += _both(data, "lr_scheduler", "lr_scheduler_type", "they say the same thing twice")
-        found += _both(data, "bf16", "fp16", "autocast has one type")
-        optimizers = foreign_values("transformers", "training_args.py", "OptimizerNames")
-        if isinstance(data.get("optim"), str) and data["optim"] not in optimizers:
-            found.append(
-                Problem(
-                    "optim", f'no optimizer is called "{data["optim"]}"', fix=did_you_mean(data["optim"], optimizers)
-                )
-            )
-        found += _tracker_problems(data.get("report_to"))
-        if data.get("max_steps") == 0:
-            found.append(Problem("max_steps", "0 steps train nothing", fix="give a number above 0, or -1"))
-        if isinstance(data.get("lr_scheduler"), dict) and data.get("lr_scheduler_kwargs"):
-            found.append(
-                Problem(
-                    "lr_scheduler_kwargs", "the scheduler's options stand in two places", fix="put them in lr_scheduler"
-                )
-            )
-        found += _evaluation_contradictions(data)
-        if data.get("push_to_hub") and not data.get("hub_model_id"):
-            found.append(Problem("hub_model_id", "push_to_hub needs hub_model_id", fix="hub_model_id: owner/name"))
-        return found
+        return argument_problems(data)
 
     @classmethod
     def allowed_keys(cls) -> list[str]:
@@ -226,7 +170,7 @@ class TrainingConfig(StrictModel):
         if self.save_steps is None and arguments["save_strategy"] == "steps" and self.eval_steps is not None:
             arguments["save_steps"] = self.eval_steps
         if not evaluates:
-            for name in ("eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better"):
+            for name in ("eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model"):
                 arguments.pop(name, None)
         arguments["load_best_model_at_end"] = self.keeps_best(evaluates)
         if self.keeps_best(evaluates):
@@ -248,61 +192,17 @@ class TrainingConfig(StrictModel):
         return strategy if strategy != "no" else "epoch"
 
     def keeps_best(self, evaluates: bool) -> bool:
-        """Whether the best model is kept, not the last: as said, else whenever there is an evaluation to judge by."""
+        """Whether the best model is kept, not the last: where something is evaluated, as said, else if any is saved."""
+        if self.eval_strategy_in_force(evaluates) == "no":
+            return False
         said = self.load_best_model_at_end
-        judged = evaluates and self.eval_strategy_in_force(evaluates) != "no"
-        return bool(said if said is not None else judged and self.save_strategy_in_force(evaluates) != "no")
+        return said if said is not None else self.save_strategy_in_force(evaluates) != "no"
 
+    def checkpoints_activations(self) -> bool:
+        """Whether activations are computed again rather than kept, under either of transformers' names for it."""
+        return any(getattr(self, f"{name}_checkpointing", None) for name in ("gradient", "activation"))
 
-def _both(data: Mapping[str, Any], one: str, other: str, why: str) -> list[Problem]:
-    if data.get(one) and data.get(other):
-        return [Problem(one, f'"{one}" and "{other}" stand together', why, "keep one of them")]
-    return []
-
-
-def _tracker_problems(report_to: Any) -> list[Problem]:
-    """transformers would find out only when the model is loaded."""
-    known = foreign_keys("transformers", "integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
-    found = []
-    for name in [report_to] if isinstance(report_to, str) else report_to if isinstance(report_to, list) else []:
-        if name in ("none", "all") or not isinstance(name, str):
-            continue
-        module = {"azure_ml": "azureml"}.get(name, name)
-        if name not in known:
-            found.append(Problem("report_to", f'no tracker is called "{name}"', fix=did_you_mean(name, known)))
-        elif importlib.util.find_spec(module) is None:
-            found.append(
-                Problem("report_to", f'the tracker "{name}" is not installed', fix=f"python -m pip install {module}")
-            )
-    return found
-
-
-def _evaluation_contradictions(data: Mapping[str, Any]) -> list[Problem]:
-    found = []
-    if data.get("eval_steps") and data.get("eval_strategy") in ("no", "epoch"):
-        found.append(
-            Problem(
-                "eval_steps",
-                f'eval_steps stands beside eval_strategy "{data["eval_strategy"]}"',
-                "the steps would never be used",
-                "remove one of them",
-            )
-        )
-    if data.get("save_steps") and data.get("save_strategy") in ("no", "epoch", "best"):
-        found.append(
-            Problem(
-                "save_steps",
-                f'save_steps stands beside save_strategy "{data["save_strategy"]}"',
-                "the steps would never be used",
-                "remove one of them",
-            )
-        )
-    if data.get("early_stopping_patience") and data.get("eval_strategy") == "no":
-        found.append(
-            Problem(
-                "early_stopping_patience",
-                "nothing is evaluated, so nothing can stop early",
-                fix="remove eval_strategy: no",
-            )
-        )
-    return found
+    def warmup_in_force(self, steps: int) -> int:
+        """Steps of `steps` that warm up, by transformers' rule."""
+        said = self.warmup_ratio if self.warmup_ratio is not None else self.warmup_steps or 0
+        return int(said) if said >= 1 else math.ceil(steps * said)

@@ -42,7 +42,7 @@ def exact_run(tiny, folder):
     return tiny.Run(
         folder, config=tiny.LowRankConfig(dropout=0.1, lr_ratio=2.0), evaluation=tiny.rows(6, seed=9),
         eval_strategy="steps", eval_steps=5, save_steps=3, logging_steps=4, weight_decay=0.05, save_total_limit=3,
-        neftune_noise_alpha=3.0,
+        neftune_noise_alpha=3.0, eval_on_start=True,
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from hyperion_core.kinds import Adapter, Objective
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hyperion.data.collate import Collator
+from hyperion.engine.arguments import training_arguments
 from hyperion.engine.engine import Engine
-from hyperion.engine.fit import training_arguments
 from hyperion.engine.loss import supervised_logprobs
 from hyperion.engine.sampler import EpochSampler
 
@@ -156,8 +156,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tiny, tmp_path
         run.adapter.adapter_param_groups(model=model, name="default", config=run.config)[0].parameters[0][1].fill_(
             float("nan")
         )
-    with pytest.raises(TrainingError, match=r"(?s)the loss is nan at optimizer step 1.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"(?s)the loss is nan at optimizer step 1.*learning_rate") as caught:
         run.fit(model=model)
+    assert "--resume" not in str(caught.value)  # it refuses a changed config
 
 
 def test_the_adapters_own_loss_and_its_turn_after_each_step(tiny, tmp_path):
@@ -212,9 +213,10 @@ def test_an_objective_may_compare_with_the_base(tiny, tmp_path):
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-def test_evaluation_weighs_tokens_not_batches(tiny, tmp_path):
+@pytest.mark.parametrize("batch", [2, 16])  # neither divides the rows: dataloader_drop_last must not reach them
+def test_evaluation_weighs_tokens_not_batches(tiny, tmp_path, batch):
     rows = tiny.rows(9, seed=8, longest=30)
-    run = tiny.Run(tmp_path, evaluation=rows, per_device_eval_batch_size=2)
+    run = tiny.Run(tmp_path, evaluation=rows, per_device_eval_batch_size=batch, dataloader_drop_last=True)
     model = run.model()
     engine, _ = engine_of(run, model)
     total, count = 0.0, 0
@@ -225,6 +227,40 @@ def test_evaluation_weighs_tokens_not_batches(tiny, tmp_path):
         total -= float(logs[learnt].gather(1, labels[learnt, None]).sum())
         count += int(learnt.sum())
     assert engine.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_an_evaluation_with_nothing_to_predict_is_no_perfect_loss(tiny, tmp_path):
+    rows = tiny.rows(3).map(lambda row: {"labels": [-100] * row["length"]})
+    run = tiny.Run(tmp_path, evaluation=rows)
+    with pytest.raises(TrainingError, match=r"(?s)no token to predict.*3 rows"):
+        engine_of(run, run.model())[0].evaluate()
+
+
+def test_dropping_the_only_batch_is_refused_before_anything_is_written(tiny, tmp_path):
+    run = tiny.Run(tmp_path / "out", train=tiny.rows(3), per_device_train_batch_size=4, dataloader_drop_last=True)
+    with pytest.raises(TrainingError, match="3 rows, fewer than one batch of 4"):
+        run.fit()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you …"),
+    ],
+)
+def test_memory_that_runs_out_names_the_options_that_save_it(tiny, tmp_path, error):
+    run = tiny.Run(tmp_path)
+    model = run.model()
+
+    def refuse(module, arguments):
+        raise error
+
+    model.model.layers[1].mlp.register_forward_pre_hook(refuse)
+    with pytest.raises(TrainingError, match=r"(?s)cpu ran out of memory.*batch_size \(2\).*steps \(2\)") as caught:
+        run.fit(model=model)
+    assert caught.value.__cause__ is error
 
 
 def test_evaluating_more_often_trains_the_same_adapter(tiny, tmp_path):

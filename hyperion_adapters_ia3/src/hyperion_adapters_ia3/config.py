@@ -10,6 +10,8 @@ from hyperion_core.errors import Problem
 from hyperion_core.foreign import with_foreign_fields
 from pydantic import Field
 
+from hyperion_peft import pattern_problems
+
 REFUSED: Mapping[str, str] = {
     "fan_in_fan_out": "it follows from the kind of each module, and is set accordingly",
 }
@@ -46,6 +48,7 @@ class IA3Config(AdapterConfig):
             for key in data
             if key in REFUSED
         ]
+        problems += pattern_problems(data)
         targets, inner = data.get("target_modules"), data.get("feedforward_modules")
         if isinstance(targets, list) and not targets:
             problems.append(Problem("target_modules", "target_modules is empty", fix="name modules, or leave it out"))

@@ -10,6 +10,8 @@ from hyperion_core.errors import Problem
 from hyperion_core.foreign import with_foreign_fields
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from hyperion_peft import pattern_problems
+
 # Fields of peft's LoraConfig that are left out, and why.
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("megatron_config", "megatron_core"), "it belongs to Megatron's parallel layers"),
@@ -81,6 +83,7 @@ class LoraConfig(AdapterConfig):
             if key in REFUSED
         ]
         problems += _initialisation(data)
+        problems += pattern_problems(data)
         targets, layers = data.get("target_modules"), data.get("layers_to_transform")
         if isinstance(targets, list) and not targets:
             problems.append(

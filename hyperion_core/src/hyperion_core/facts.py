@@ -136,7 +136,8 @@ class Capabilities:
 
     `needs`: "forward" (only calls the module) and "dequantize" (needs its weight in full precision).
     A capability asks for its hooks: `per_token` for `adapter_route`, `mergeable` for `adapter_merge_weight`,
-    `combinable` for `adapter_combine`.
+    `combinable` for `adapter_combine`. `new_tokens`: it trains the embedding rows `ctx.new_token_ids`, declares them
+    in `adapter_param_groups`, and saves and loads them; a run that adds tokens takes no other adapter.
     """
 
     per_token: bool = False

@@ -17,10 +17,11 @@ import pluggy
 
 from . import specs
 from .errors import PluginHookError
-from .kinds import Observer, Plugin
+from .kinds import ListedPlugin, Observer, Plugin
 from .suggest import closest
 
 if TYPE_CHECKING:
+    from .config import StrictModel
     from .distributions import PluginEntry
 
 log = logging.getLogger("hyperion")
@@ -50,8 +51,8 @@ def check_hooks(plugin: type[Plugin], entry: PluginEntry) -> None:
     """Refuse a plugin whose hooks do not fit the contract, and say which.
 
     Raises:
-        PluginHookError: a required hook is missing, a name is misspelt, an argument is unknown, or a hook of
-            another kind is implemented.
+        PluginHookError: a required hook is missing, a name is misspelt, an argument is unknown or has a default, or
+            a hook of another kind is implemented.
     """
     whose = f'the {entry.kind} "{entry.name}" of {entry.whose}'
     hooks = specs.hook_names(plugin.hooks)
@@ -99,13 +100,22 @@ class RunHooks:
         self.manager = HookManager()
         self._muted: set[str] = set()
 
-    def add(self, plugin: Plugin, name: str) -> None:
+    def add(self, plugin: Plugin, name: str, config: StrictModel | None = None) -> None:
         """Register one plugin's instance under the name that it was chosen by.
 
+        Args:
+            config: becomes `plugin.config`, None its config class's defaults; for the kinds of which a list acts
+                alone: a driver gets its config with each call.
+
         Raises:
+            ConfigError: there is no config, and its config class has no default for every option.
             PluginHookError: pluggy refuses one of its hooks.
         """
         key = f"{plugin.kind}:{name}"
+        if isinstance(plugin, ListedPlugin):
+            plugin.config = plugin.config_class() if config is None else config
+        elif config is not None:
+            raise TypeError(f"{key} is a driver: give its config to its hooks")
         try:
             self.manager.register(plugin, key)
             self.manager.check_pending()
@@ -170,10 +180,10 @@ class RunHooks:
     def _harmless_listener(self, listener: Callable[..., Any], key: str, hook: str) -> Callable[..., None]:
         """The hook, run so that its exception mutes it and goes no further."""
 
-        def guarded(*arguments: Any) -> None:
+        def guarded(*arguments: Any, **named: Any) -> None:
             if key not in self._muted:
                 try:
-                    listener(*arguments)
+                    listener(*arguments, **named)
                 except Exception as error:
                     self._mute(key, hook, error)
 
@@ -184,11 +194,11 @@ class RunHooks:
     ) -> Callable[..., Generator[None, Any, Any]]:
         """The wrapper, run so that its own exceptions mute it and the wrapped hook's result passes unchanged."""
 
-        def guarded(*arguments: Any) -> Generator[None, Any, Any]:
+        def guarded(*arguments: Any, **named: Any) -> Generator[None, Any, Any]:
             inner = None
             if key not in self._muted:
                 try:
-                    inner = wrapper(*arguments)
+                    inner = wrapper(*arguments, **named)
                     next(inner)
                 except Exception as error:
                     self._mute(key, hook, error)
@@ -258,6 +268,12 @@ def _check_arguments(plugin: type[Plugin], name: str, whose: str) -> None:
                 f"{whose} takes an argument that {name} does not have: {argument.name}",
                 why=f"the contract gives {', '.join(known)}",
                 fix=_meant(argument.name, known),
+            )
+        if argument.default is not argument.empty or argument.kind is not argument.POSITIONAL_OR_KEYWORD:
+            raise PluginHookError(
+                f"{whose} takes the argument {argument.name} of {name} with a default, or by keyword alone",
+                why="not every version of pluggy gives such an argument its value",
+                fix=f"give it no default, and no * before it: {argument.name}",
             )
 
 

@@ -12,7 +12,8 @@ from .facts import Capabilities, Provides
 class Plugin:
     """Base of every plugin. An instance is made without arguments, once a run, and must be cheap to make.
 
-    `config_class` is the strict model of the plugin's own options; it lives in the plugin's light module.
+    `config_class` is the strict model of the plugin's own options; it lives in the plugin's light module. A driver is
+    given its config with each call; a `ListedPlugin` finds it in `self.config`.
     """
 
     kind: ClassVar[str]
@@ -25,6 +26,15 @@ class Plugin:
     def required(cls) -> tuple[str, ...]:
         """Names of the hooks that this plugin must have."""
         return specs.required_hooks(cls.hooks)
+
+
+class ListedPlugin(Plugin):
+    """Base of the kinds of which a list acts at once: one call reaches all, so it carries no plugin's config.
+
+    `self.config`: this plugin's options, an instance of `config_class`; set before its first hook.
+    """
+
+    config: StrictModel
 
 
 class Adapter(Plugin):
@@ -116,7 +126,7 @@ class Benchmark(Plugin):
     hooks = specs.BenchmarkSpecs
 
 
-class Tracker(Plugin):
+class Tracker(ListedPlugin):
     """Where a run's figures go."""
 
     kind = "tracker"
@@ -125,7 +135,7 @@ class Tracker(Plugin):
     hooks = specs.TrackerSpecs
 
 
-class Safeguard(Plugin):
+class Safeguard(ListedPlugin):
     """What is let through."""
 
     kind = "safeguard"
@@ -134,7 +144,7 @@ class Safeguard(Plugin):
     hooks = specs.GuardSpecs
 
 
-class Observer(Plugin):
+class Observer(ListedPlugin):
     """The life of a run, watched."""
 
     kind = "observer"

@@ -27,6 +27,8 @@ from .hooks import check_hooks
 from .kinds import Plugin, kind_named, with_article
 from .suggest import closest
 
+FRAMEWORK = "hyperion-ft"
+
 
 class Registry:
     """An index of plugins, by kind and name."""
@@ -125,7 +127,9 @@ class Registry:
                 f'{len(found)} distributions offer the {kind} "{name}": '
                 + " and ".join(entry.whose for entry in found),
                 why="a plugin is chosen by its name, so a name must have one owner",
-                fix="say whose you mean: " + " or ".join(f'"{entry.qualified}"' for entry in found),
+                fix="import it from its own module: " + " or ".join(_import_statement(entry) for entry in found)
+                if kind == "export"
+                else "say whose you mean: " + " or ".join(f'"{entry.qualified}"' for entry in found),
             )
         return found[0]
 
@@ -137,8 +141,10 @@ class Registry:
             fix = f'did you mean "{near}"?'
         elif ":" in name:
             fix = f"python -m pip install {name.partition(':')[0]}"
+        elif canonicalize_name(name) in _extras():
+            fix = f'python -m pip install "{FRAMEWORK}[{name}]"'
         else:
-            fix = f'python -m pip install "hyperion-ft[{name}]", or the distribution of its authors'
+            fix = "install the distribution that offers it, then see `hyperion plugins list`"
         return PluginNotFoundError(
             f'no installed distribution has {with_article(kind)} called "{name}"',
             why=f"installed: {', '.join(names)}" if names else f"no {kind} is installed at all",
@@ -213,6 +219,20 @@ def _load_error(entry: PluginEntry, error: Exception) -> PluginError:
 
 def _install_command(missing: tuple[str, ...]) -> str:
     return "python -m pip install " + " ".join(f'"{text.partition(" (")[0]}"' for text in missing)
+
+
+def _import_statement(entry: PluginEntry) -> str:
+    module, _, attribute = entry.value.partition(":")
+    return f"from {module} import {attribute}"
+
+
+def _extras() -> set[str]:
+    """What may stand in `hyperion-ft[...]`, where that is installed."""
+    try:
+        metadata = importlib.metadata.metadata(FRAMEWORK)
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {canonicalize_name(extra) for extra in metadata.get_all("Provides-Extra") or ()}
 
 
 def _described(value: Any) -> str:

@@ -1,12 +1,13 @@
 """The contract: every hook that a plugin may implement, on one page.
 
 A plugin is a class that inherits one of the bases in `hyperion_core.kinds`, and its hooks are methods with the
-names below (no decorator needed). It may take fewer arguments than the specification gives, never others, so
-an argument added here breaks nobody. ★ marks the hooks that a plugin of the kind must have; the others are
-called only where a plugin has them.
+names below (no decorator needed). It may take fewer arguments than the specification gives, never others, and
+none with a default, so an argument added here breaks nobody. ★ marks the hooks that a plugin of the kind must
+have; the others are called only where a plugin has them.
 
 Driver hooks answer with one value (`firstresult`): exactly one plugin drives. A hook marked [all] is called on
-every chosen plugin, and answers with a list. An observer may wrap any hook with `@hookimpl(wrapper=True)`.
+every chosen plugin, and answers with a list. Trackers, safeguards and observers find their own options in
+`self.config`, set before their first hook. An observer may wrap any hook with `@hookimpl(wrapper=True)`.
 
 Shapes: B rows, T tokens a row, N supervised tokens, K adapters a token, P parameters. Sizes are bytes unless
 a name says otherwise. `ctx` is a `hyperion_core.context.RunContext`; other types stand in `hyperion_core.facts`.
@@ -85,11 +86,17 @@ class AdapterSpecs:
     def adapter_prepare(
         self, config: AdapterConfig, model: Module, batches: Iterable[Mapping[str, Tensor]], ctx: RunContext
     ) -> AdapterConfig:
-        """Initialise from data before it is attached; gives the config to attach. The model stays as it was."""
+        """Initialise from data: gives the config to attach. Called once, before `adapter_apply`, and not when a run
+        resumes, which uses the config that was saved. The model stays as it was.
+
+        batches: tokenized training batches on the model's device, a fresh iterator: `input_ids`, `attention_mask` and
+        `labels`, each int64 (B, T)."""
 
     @driver
     def adapter_apply(self, model: Module, name: str, config: AdapterConfig, ctx: RunContext) -> Module:
-        """★ Attach one under `name`: base frozen, earlier adapters kept, only its own parameters trainable."""
+        """★ Attach one under `name`: base frozen, earlier adapters kept, only its own parameters trainable. These are
+        float32 whatever the base's type. With `Capabilities.new_tokens` the embedding rows `ctx.new_token_ids` are
+        among them."""
 
     @driver
     def adapter_param_groups(self, model: Module, name: str, config: AdapterConfig) -> list[ParamGroup]:
@@ -123,7 +130,8 @@ class AdapterSpecs:
 
     @driver
     def adapter_load(self, model: Module, name: str, folder: Path, trainable: bool, ctx: RunContext) -> Module:
-        """★ Inverse of save: checks base and shapes first (ArtifactError), then attaches under `name`."""
+        """★ Inverse of save: checks base and shapes first (ArtifactError), then attaches under `name` as
+        `adapter_apply` does: float32, and with the rows of the new tokens that were saved."""
 
     @driver
     def adapter_unload(self, model: Module, name: str) -> Module:
@@ -201,12 +209,21 @@ class SchedulerSpecs:
     """Schedulers: the learning rate over time."""
 
     @driver
+    def scheduler_check(self, config: PluginConfig, horizon: Horizon, learning_rate: float) -> list[Problem]:
+        """Torch-free. What stands against this config over the run's horizon, whose `learning_rate` is the peak; called
+        while the plan is resolved. Paths are relative to the scheduler's config ("num_cycles")."""
+
+    @driver
     def scheduler_build(self, config: PluginConfig, optimizer: Optimizer, horizons: list[Horizon]) -> LRScheduler:
         """★ One horizon a parameter group, in order. Its `state_dict` resumes exactly."""
 
 
 class CurriculumSpecs:
     """Curricula: which rows an epoch shows, and in what order."""
+
+    @driver
+    def curriculum_check(self, config: PluginConfig) -> list[Problem]:
+        """Torch-free. What stands against this config; called while the plan is resolved. Paths are relative to it."""
 
     @driver
     def curriculum_score(
@@ -223,6 +240,10 @@ class CurriculumSpecs:
 
 class ObjectiveSpecs:
     """Objectives: what is learnt from a row."""
+
+    @driver
+    def objective_check(self, config: PluginConfig) -> list[Problem]:
+        """Torch-free. What stands against this config; called while the plan is resolved. Paths are relative to it."""
 
     @driver
     def objective_sequences(self, config: PluginConfig, row: Mapping[str, Any]) -> list[Sequence]:

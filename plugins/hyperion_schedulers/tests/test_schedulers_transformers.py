@@ -79,7 +79,7 @@ def test_every_schedule_of_transformers_that_follows_the_step_is_here_with_all_i
         if name.value not in steered_by_metrics
     }
     ours = {
-        entry.name: set(registry().load("scheduler", entry.name).config_class.keys()) - {"type"}
+        entry.name: set(registry().load("scheduler", entry.name).config_class.allowed_keys()) - {"type"}
         for entry in registry().entries("scheduler")
         if entry.distribution == "hyperion-schedulers"
     }
@@ -125,6 +125,21 @@ def test_impossible_options_are_refused_before_anything_heavy(name, options, whe
     with pytest.raises(ConfigError) as caught:
         registry().load("scheduler", name).config_class.parse(options)
     assert [problem.path for problem in caught.value.problems] == [where]
+
+
+@pytest.mark.parametrize(
+    "name, options, where",
+    [
+        ("polynomial", {"lr_end": RATE}, "lr_end"),
+        ("cosine_with_min_lr", {"min_lr": 0.5}, "min_lr"),
+        ("warmup_stable_decay", {"num_decay_steps": 31}, ""),
+        ("constant", {}, ""),
+    ],
+)
+def test_what_does_not_fit_the_run_is_found_while_planning(name, options, where):
+    plugin = registry().load("scheduler", name)
+    (problem,) = plugin().scheduler_check(plugin.config_class(**options), Horizon(40, 10), RATE)
+    assert problem.path == where and problem.why and problem.fix
 
 
 def test_constant_says_that_it_has_no_warmup(caplog):

@@ -43,7 +43,7 @@ def options(
 
 
 def run() -> None:
-    """Run the command line: exit code 0, 2 for an error that says what to do, 130 for Ctrl-C."""
+    """Run the command line: exit code 0, 2 for an error that says what to do; typer makes it 130 for Ctrl-C."""
     # Forked tokenizing workers and tokenizers' own threads do not mix; the library would warn about it at length.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -53,9 +53,6 @@ def run() -> None:
 
         show_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

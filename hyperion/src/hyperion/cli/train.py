@@ -28,7 +28,7 @@ def train(
     """Train, and leave adapter, plan, metrics and model card in the output folder."""
     from hyperion.config import FinetuneConfig
     from hyperion.planning import make_plan
-    from hyperion.trainer import Trainer
+    from hyperion.trainer import DEFAULT_OUTPUT, Trainer
 
     from .console import out, show_plan
 
@@ -37,7 +37,12 @@ def train(
     trainer = Trainer(FinetuneConfig.from_file(config))
     changed: dict[str, Any] = {"report_to": report_to} if report_to else {}
     show_plan(make_plan(trainer.config_for(changed)).plan)
-    artifact = trainer.train(output_dir=output_dir, resume=resume, **changed)
+    folder = output_dir or trainer.config.output_dir or DEFAULT_OUTPUT
+    try:
+        artifact = trainer.train(output_dir=folder, resume=resume, **changed)
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; {_how_to_go_on(config, folder)}", err=True)
+        raise typer.Exit(130) from None
 
     console = out()
     figures = ", ".join(f"{name} {artifact.metrics[name]:.4f}" for name in _SHOWN if name in artifact.metrics)
@@ -45,3 +50,11 @@ def train(
     for name, what in (("README.md", "model card"), ("loss.png", "loss curve"), ("metrics.jsonl", "every figure")):
         if (artifact.folder / name).exists():
             console.print(f"  {what}: {artifact.folder / name}")
+
+
+def _how_to_go_on(config: Path, folder: str) -> str:
+    """After Ctrl-C. A run that got to no checkpoint begins again, in the same folder."""
+    again = f"hyperion train {config} --output_dir {folder}"
+    if any(Path(folder).expanduser().glob("checkpoint-*")):
+        return f"go on from the last checkpoint: {again} --resume"
+    return f"no checkpoint was written yet, so begin again: {again}"

@@ -11,6 +11,8 @@ from hyperion_core.errors import ArtifactError
 def push(artifact: Artifact, repo_id: str, *, private: bool | None, log: Callable[[str], None]) -> str:
     """Create the repository where there is none, and upload the artifact, without its checkpoints; gives the URL.
 
+    A name without an owner is created under the account that is logged in.
+
     Raises:
         ArtifactError: the Hub refuses, or cannot be reached. The artifact stays where it is.
     """
@@ -20,9 +22,9 @@ def push(artifact: Artifact, repo_id: str, *, private: bool | None, log: Callabl
     api = HfApi()
     log(f"uploading to {repo_id}")
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id,
+            repo_id=created.repo_id,
             folder_path=artifact.folder,
             commit_message="Upload a model tuned with Hyperion",
             ignore_patterns=["checkpoint-*/*", ".*"],
@@ -33,4 +35,4 @@ def push(artifact: Artifact, repo_id: str, *, private: bool | None, log: Callabl
             why=" ".join(str(error).split())[:300],
             fix=f"log in with `hf auth login`, then: hf upload {repo_id} {artifact.folder}; nothing was lost",
         ) from error
-    return f"{api.endpoint}/{repo_id}"
+    return str(created)

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
+from .arguments import optimizer_class
 from .checkpoints import ADAPTER_FOLDER, checkpoint_path, rotate, writing_checkpoint
 from .figures import Figures
 from .loss import check_head, count_supervised, supervised_logprobs
@@ -151,7 +152,7 @@ class Engine(Trainer):
             f"the {what} is {value.item()} at optimizer step {self.state.global_step + 1}",
             why=f"the numbers ran out of range (learning rate {rate:.3g}); going on would ruin the adapter",
             fix="lower training.learning_rate, warm up longer, set training.max_grad_norm, or train in float32 "
-            "(no bf16 or fp16); to go on from the last checkpoint with such a change, use --resume",
+            "(no bf16 or fp16)",
         )
 
     def check_head(self) -> None:
@@ -186,6 +187,14 @@ class Engine(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.SequentialSampler:
         return torch.utils.data.SequentialSampler(eval_dataset)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of every row: dataloader_drop_last is for training."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
     def create_optimizer(self, model: Module | None = None) -> Optimizer:
         """The optimizer that `optim` names, over the adapter's parameter groups.
 
@@ -196,14 +205,8 @@ class Engine(Trainer):
             return self.optimizer
         groups = self.adapter.adapter_param_groups(model=self.model, name=ADAPTER_NAME, config=self.adapter_config)
         self._require_all_trainables([name for group in groups for name, _ in group.parameters], groups)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(optimizer_class, type):
-            raise TrainingError(
-                f'training.optim: "{self.args.optim}" cannot train an adapter',
-                why="it makes parameter groups of its own, and the adapter's carry its learning rates and decay",
-                fix="choose another, adamw_torch for one",
-            )
-        self.optimizer = optimizer_class(
+        chosen, options = optimizer_class(self.args)
+        self.optimizer = chosen(
             [
                 {
                     "params": [parameter for _, parameter in group.parameters],
@@ -262,7 +265,11 @@ class Engine(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and metrics over all supervised tokens of the set: long rows count for more than short ones."""
+        """Loss and metrics over all supervised tokens of the set: long rows count for more than short ones.
+
+        Raises:
+            TrainingError: there are none.
+        """
         model = self.model
         model.eval()
         if callable(switch := getattr(self.optimizer, "eval", None)):
@@ -279,7 +286,13 @@ class Engine(Trainer):
                 for name, value in {"loss": loss, **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * weight
                 advance(1)
-        found = {f"{metric_key_prefix}_{name}": value / max(total, 1) for name, value in sums.items()}
+        if not total:
+            raise TrainingError(
+                "the evaluation data hold no token to predict",
+                why=f"none of their {len(dataloader.dataset)} rows has a supervised token: there is no loss to measure",
+                fix="check that their answers survive training.max_length, or train without evaluation data",
+            )
+        found = {f"{metric_key_prefix}_{name}": value / total for name, value in sums.items()}
         return EvalLoopOutput(None, None, found, len(dataloader.dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,13 @@ from transformers import TrainingArguments
 from ..monitoring.metrics import MetricsFile
 from ..monitoring.samples import SampleWriter
 from ..monitoring.training_line import TrainingLine
+from .arguments import check_arguments, training_arguments
 from .borrowed import borrowed
 from .checkpoints import ADAPTER_FOLDER, checkpoints, remove_remains, why_incomplete
-from .early_stopping import EarlyStopping, evaluation_key
+from .early_stopping import EarlyStopping
 from .engine import ADAPTER_NAME, TRAINER_STATE, Engine
 from .events import RunEvents
+from .out_of_memory import out_of_memory_explained
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,22 +30,10 @@ if TYPE_CHECKING:
     from hyperion_core.hooks import RunHooks
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["FitResult", "check_arguments", "fit", "measure"]
+
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-
-# What the engine decides, whatever is asked: it writes its own progress, keeps its own columns, and stops on NaN.
-_FIXED = {
-    "remove_unused_columns": False,
-    "label_names": ["labels"],
-    "disable_tqdm": True,
-    "logging_nan_inf_filter": False,
-    "average_tokens_across_devices": False,
-}
-# Names that the field knows, and that transformers 5 warns of.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
 
 
 @dataclass(frozen=True)
@@ -92,12 +81,16 @@ def fit(
         resume: a checkpoint of this run; its adapter is already in the model.
 
     Raises:
-        TrainingError: the arguments do not fit, the loss is not finite, a checkpoint is damaged or in the way, or
-            the model's architecture is not understood.
+        TrainingError: the arguments do not fit, the loss is not finite, the memory is too small, there is nothing
+            to learn or to evaluate, a checkpoint is damaged or in the way, or the model's architecture is not
+            understood.
     """
     from ..data.collate import Collator
 
+    check_arguments(arguments)
     args = training_arguments(arguments)
+    args.eval_on_start = args.eval_on_start and resume is None  # the checkpoint's log holds it already
+    _require_a_batch(args, len(train))
     output = Path(args.output_dir)
     metrics, samples = MetricsFile(output / METRICS), MetricsFile(output / SAMPLES)
     _prepare_output(output, metrics, samples, resume)
@@ -105,7 +98,7 @@ def fit(
         tokenizer, evaluation, samples, count=eval_samples, max_new_tokens=eval_samples_max_new_tokens, ctx=ctx
     )
     line = TrainingLine(ctx.progress)
-    with borrowed(model, checkpointing=bool(args.activation_checkpointing)), line:
+    with borrowed(model, checkpointing=bool(args.activation_checkpointing)), line, out_of_memory_explained(args):
         engine = Engine(
             model, args, hooks=hooks, ctx=ctx, adapter=adapter, objective=objective, scheduler=scheduler,
             train=train, evaluation=evaluation, collator=Collator(tokenizer.pad_token_id),
@@ -139,35 +132,6 @@ def fit(
     )
 
 
-def training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
-    """transformers' arguments, for one device, with what the engine decides itself.
-
-    Raises:
-        TrainingError: transformers refuses them.
-    """
-    wanted = {"report_to": "none", **arguments, **_FIXED}
-    # transformers wants save_steps to be a multiple of eval_steps for this one; the engine saves every new best model
-    keep_best = bool(wanted.pop("load_best_model_at_end", False))
-    for old, new in _RENAMED.items():
-        if old in wanted:
-            wanted[new] = wanted.pop(old)
-    try:
-        args = TrainingArguments(**wanted)
-    except (TypeError, ValueError) as error:
-        raise TrainingError(
-            "transformers refuses the training arguments", why=str(error), fix="change them under training:"
-        ) from error
-    args.load_best_model_at_end = keep_best
-    if args.eval_strategy != "no":
-        args.metric_for_best_model = evaluation_key(args.metric_for_best_model or "loss")
-        if args.greater_is_better is None:
-            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
-    if args.device.type != "cuda":
-        args.dataloader_pin_memory = False  # there is no GPU to copy to, and torch warns of it
-    args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would make transformers wrap the model in DataParallel
-    return args
-
-
 def measure(model: Module, args: TrainingArguments) -> InForce:
     """What is really there: parameters by device, types of what trains and of what does not."""
     devices: Counter[str] = Counter()
@@ -177,6 +141,15 @@ def measure(model: Module, args: TrainingArguments) -> InForce:
         kinds["trainable" if parameter.requires_grad else "base"].add(str(parameter.dtype).removeprefix("torch."))
     dtypes = {kind: ", ".join(sorted(found)) for kind, found in kinds.items() if found}
     return InForce("none", args.world_size, dict(devices), dtypes)
+
+
+def _require_a_batch(args: TrainingArguments, rows: int) -> None:
+    if args.dataloader_drop_last and rows < args.train_batch_size:
+        raise TrainingError(
+            f"the training data have {rows} rows, fewer than one batch of {args.train_batch_size}",
+            why="training.dataloader_drop_last drops the only batch, so nothing would be learnt",
+            fix="leave dataloader_drop_last out, or lower training.per_device_train_batch_size",
+        )
 
 
 def _prepare_output(output: Path, metrics: MetricsFile, samples: MetricsFile, resume: Path | None) -> None:

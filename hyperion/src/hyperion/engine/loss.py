@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
+from .chunk import LOGITS_CHUNK
+
 IGNORED = -100
-CHUNK = 1024
 _CHECKED_TOKENS = 32
 
 
@@ -38,7 +39,7 @@ def count_supervised(labels: Tensor) -> Tensor:
     return labels[..., 1:].ne(IGNORED).sum()
 
 
-def supervised_logprobs(model: Module, inputs: Mapping[str, Any], *, chunk_size: int = CHUNK) -> Supervised:
+def supervised_logprobs(model: Module, inputs: Mapping[str, Any], *, chunk_size: int = LOGITS_CHUNK) -> Supervised:
     """Log-probability of every supervised token, as the model with its adapters gives it.
 
     Args:

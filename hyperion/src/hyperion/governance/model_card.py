@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -22,9 +23,9 @@ def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
     """Markdown with the front matter that the Hub reads."""
     parts = [
         "---\n" + yaml.safe_dump(_front_matter(artifact, config), sort_keys=False, allow_unicode=True) + "---",
-        f"# A {artifact.adapter['type']} adapter for {config.base_model}",
+        f"# A {artifact.adapter['type']} adapter for {public_name(config.base_model)}",
         "Tuned with Hyperion. Every figure below was measured by this run.",
-        _table("Training", [(label, text) for label, text in plan.rows() if label != "memory"]),
+        _table("Training", _public_rows(plan, config)),
         _table("Results", [(name, f"{value:.6g}") for name, value in artifact.metrics.items()]),
         "Every logged step is in `metrics.jsonl`."
         + (" ![Loss](loss.png)" if (artifact.folder / "loss.png").exists() else ""),
@@ -35,6 +36,20 @@ def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
         _table("Versions", list(artifact.versions.items())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def public_name(base_model: str) -> str:
+    """A base model's name for others: of a local path only its last part, since the rest is nobody's business."""
+    local = base_model.startswith((".", "~")) or Path(base_model).is_absolute()
+    return Path(base_model).name if local else base_model
+
+
+def _public_rows(plan: Plan, config: FinetuneConfig) -> list[tuple[str, str]]:
+    return [
+        (label, text.replace(config.base_model, public_name(config.base_model)))
+        for label, text in plan.rows()
+        if label != "memory"
+    ]
 
 
 def _front_matter(artifact: Artifact, config: FinetuneConfig) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def _samples(artifact: Artifact, most: int = 3) -> str:
     file = artifact.folder / "samples.jsonl"
     if not file.exists():
         return ""
-    last = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[-most:]]
+    last = [json.loads(line) for line in file.read_text(encoding="utf-8").strip("\n").split("\n")[-most:]]
     shown = [
         f"**Prompt** (step {sample['step']})\n\n{_quoted(sample['prompt'])}\n\n**Expected**\n\n"
         f"{_quoted(sample['expected'])}\n\n**Generated**\n\n{_quoted(sample['generated'])}"

@@ -60,7 +60,11 @@ def load_tuned(folder: str | Path, *, base_model: str | None = None, dtype: str 
     hooks = RunHooks()
     hooks.add(registry().load("adapter", name)(), name)
     device = actual_device()
-    source = resolve_source(base_model or str(artifact.adapter["base_model"]), artifact.adapter.get("revision"))
+    source = (
+        resolve_source(base_model)
+        if base_model
+        else resolve_source(str(artifact.adapter["base_model"]), artifact.adapter.get("revision"), artifact.folder)
+    )
     plan = Plan(config={}, choices=(), device=device, dtype=choose_dtype(dtype, device))
     ctx = RunContext(plan=plan, seed=0, device=device, output=artifact.folder, cache=cache_dir())
     base = materialize(source, ctx.cache, ctx.log.info)

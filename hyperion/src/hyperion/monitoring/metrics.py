@@ -33,7 +33,8 @@ class MetricsFile:
         if not self.path.exists():
             return []
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+        # splitlines() would also split at U+2028 and its like, which JSON strings may hold
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
     def cut_after(self, step: int) -> None:
         """Keep the lines up to `step`: a resumed run writes the others again."""

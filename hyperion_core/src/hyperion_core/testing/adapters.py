@@ -160,6 +160,24 @@ class AdapterConformance(PluginConformance):
         changed = [name for name, (parameter, value) in before.items() if not equal(parameter, value)]
         assert not changed, f"training changed parameters of the base: {changed}"
 
+    def test_what_trains_is_float32(
+        self, hooks: AdapterSpecs, config: AdapterConfig, ctx: RunContext, tmp_path: Path
+    ) -> None:
+        """Over a bfloat16 base too, attached or loaded: small steps would be lost in the rounding of half the bits."""
+        import torch
+
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        model = hooks.adapter_apply(model=self.base().to(torch.bfloat16), name=NAME, config=config, ctx=ctx)
+        attached = self.declared(hooks, model, config)
+        hooks.adapter_save(model=model, name=NAME, config=config, folder=folder, for_resume=True)
+        again = self.base().to(torch.bfloat16)
+        again = hooks.adapter_load(model=again, name=NAME, folder=folder, trainable=True, ctx=ctx)
+        loaded = self.declared(hooks, again, config)
+        for hook, found in (("adapter_apply", attached), ("adapter_load", loaded)):
+            other = {name: str(tensor.dtype) for name, tensor in found.items() if tensor.dtype != torch.float32}
+            assert not other, f"over a bfloat16 base {hook} gives parameters to train that are not float32: {other}"
+
     def test_the_seed_decides_alone(self, hooks: AdapterSpecs, config: AdapterConfig, tmp_path: Path) -> None:
         """Same seed, same bits, whatever the state of the global generator, which is left alone; other seed, others."""
         import torch

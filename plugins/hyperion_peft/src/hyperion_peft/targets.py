@@ -19,6 +19,17 @@ from hyperion_core.facts import ModelFacts, ModuleFact
 from hyperion_core.suggest import closest
 
 ALL_LINEAR = "all-linear"
+# Keys that hold regular expressions, and what PEFT makes of one. A list of targets holds plain names.
+_EXPRESSIONS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "feedforward_modules": "{}",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+_LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
@@ -116,6 +127,23 @@ def selection_problems(selection: Selection, facts: ModelFacts, kinds: Iterable[
             )
         ]
     return []
+
+
+def pattern_problems(data: Mapping[str, Any]) -> list[Problem]:
+    """Values of a config, as the user gave them, that should be regular expressions and are none."""
+    found = []
+    for key, form in _EXPRESSIONS.items():
+        value = data.get(key)
+        if not value or (not isinstance(value, str) and key in _LISTS_OF_NAMES):
+            continue
+        given = [value] if isinstance(value, str) else value if isinstance(value, (list, Mapping)) else []
+        for pattern in (each for each in given if isinstance(each, str)):
+            try:
+                re.compile(form.replace("{}", pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                what = f"{pattern!r} is no regular expression"
+                found.append(Problem(key, what, str(error), "correct it; a list of plain names needs none"))
+    return found
 
 
 def saved_modules(names: Sequence[str] | None, facts: ModelFacts) -> list[ModuleFact]:

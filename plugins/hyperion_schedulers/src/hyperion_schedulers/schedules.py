@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hyperion_core.config import PluginConfig
-from hyperion_core.errors import TrainingError
+from hyperion_core.errors import Problem, TrainingError
 from hyperion_core.facts import Horizon
 from hyperion_core.kinds import Scheduler
 
@@ -41,6 +41,9 @@ class TransformersSchedule(Scheduler):
     #: The option that gives an absolute learning rate to end at, if there is one.
     floor: ClassVar[str | None] = None
 
+    def scheduler_check(self, config: PluginConfig, horizon: Horizon, learning_rate: float) -> list[Problem]:
+        return self.misfits(config, horizon, learning_rate)
+
     def scheduler_build(self, config: PluginConfig, optimizer: Optimizer, horizons: list[Horizon]) -> LambdaLR:
         """Sets the learning rate of step 0 and gives the schedule; call its `step()` after each optimizer step.
 
@@ -55,6 +58,15 @@ class TransformersSchedule(Scheduler):
         factors = {horizon: self._factors(config, rate, horizon) for horizon in dict.fromkeys(horizons)}
         return LambdaLR(optimizer, [factors[horizon] for horizon in horizons])
 
+    def misfits(self, config: PluginConfig, horizon: Horizon, rate: float) -> list[Problem]:
+        """Options that no schedule can be built from; paths are keys of the config."""
+        lowest = getattr(config, self.floor) if self.floor else None
+        if lowest is None or lowest < rate:
+            return []
+        what = f'the schedule "{self.schedule}" cannot go down to {self.floor} = {lowest:g}'
+        why = f"the learning rate is {rate:g}, which is not above it"
+        return [Problem(str(self.floor), what, why, f"give a smaller {self.floor}, or a larger learning_rate")]
+
     def arguments(self, config: PluginConfig, horizon: Horizon) -> tuple[int | None, dict[str, Any]]:
         """What `get_scheduler` is given: training steps and the schedule's own arguments."""
         return horizon.total, config.model_dump(exclude={"type"}, exclude_none=True)
@@ -64,13 +76,8 @@ class TransformersSchedule(Scheduler):
         import torch
         from transformers import get_scheduler
 
-        lowest = getattr(config, self.floor) if self.floor else None
-        if lowest is not None and lowest >= rate:
-            raise TrainingError(
-                f'the schedule "{self.schedule}" cannot go down to {self.floor} = {lowest:g}',
-                why=f"the learning rate is {rate:g}, which is not above it",
-                fix=f"give a smaller {self.floor}, or a larger learning_rate",
-            )
+        for problem in self.misfits(config, horizon, rate):
+            raise TrainingError(problem.what, why=problem.why, fix=problem.fix)
         steps, options = self.arguments(config, horizon)
         # A schedule reads nothing of an optimizer but its learning rate, and it sets one: so it is given another.
         stand_in = torch.optim.SGD([torch.zeros(1)], lr=rate)
@@ -89,6 +96,13 @@ class Constant(TransformersSchedule):
 
     schedule = "constant"
     config_class = ConstantConfig
+
+    def scheduler_check(self, config: PluginConfig, horizon: Horizon, learning_rate: float) -> list[Problem]:
+        if not horizon.warmup:
+            return []
+        what = f'the schedule "{self.schedule}" has no warmup'
+        why = f"its {horizon.warmup} steps would not be used"
+        return [Problem("", what, why, "choose constant_with_warmup, or leave out warmup_ratio and warmup_steps")]
 
     def arguments(self, config: PluginConfig, horizon: Horizon) -> tuple[int | None, dict[str, Any]]:
         if horizon.warmup:
@@ -169,24 +183,34 @@ class WarmupStableDecay(TransformersSchedule):
     schedule = "warmup_stable_decay"
     config_class = WarmupStableDecayConfig
 
-    def arguments(self, config: PluginConfig, horizon: Horizon) -> tuple[int | None, dict[str, Any]]:
-        assert isinstance(config, WarmupStableDecayConfig)
-        _, options = super().arguments(config, horizon)
-        decay = _in_steps(config.num_decay_steps, horizon.total)
-        stable = (
-            horizon.total - horizon.warmup - decay
-            if config.num_stable_steps is None
-            else _in_steps(config.num_stable_steps, horizon.total)
-        )
-        if stable < 0 or horizon.warmup + stable + decay > horizon.total:
-            raise TrainingError(
+    def misfits(self, config: PluginConfig, horizon: Horizon, rate: float) -> list[Problem]:
+        stable, decay = self._stages(config, horizon)
+        if stable >= 0 and horizon.warmup + stable + decay <= horizon.total:
+            return []
+        return [
+            Problem(
+                "",
                 f'the stages of the schedule "{self.schedule}" do not fit into the run',
-                why=f"warmup {horizon.warmup} + stable {max(stable, 0)} + decay {decay} steps are more than the "
+                f"warmup {horizon.warmup} + stable {max(stable, 0)} + decay {decay} steps are more than the "
                 f"{horizon.total} of the run",
-                fix="give smaller num_decay_steps, num_stable_steps or warmup_steps, or train longer",
+                "give smaller num_decay_steps, num_stable_steps or warmup_steps, or train longer",
             )
+        ]
+
+    def arguments(self, config: PluginConfig, horizon: Horizon) -> tuple[int | None, dict[str, Any]]:
+        _, options = super().arguments(config, horizon)
+        stable, decay = self._stages(config, horizon)
         # The stages are counted out here: given the run's steps as well, transformers would warn.
         return None, options | {"num_decay_steps": decay, "num_stable_steps": stable}
+
+    @staticmethod
+    def _stages(config: PluginConfig, horizon: Horizon) -> tuple[int, int]:
+        """Steps of the level stage and of the last one; the first is below 0 where warmup and decay leave nothing."""
+        assert isinstance(config, WarmupStableDecayConfig)
+        decay = _in_steps(config.num_decay_steps, horizon.total)
+        if config.num_stable_steps is None:
+            return horizon.total - horizon.warmup - decay, decay
+        return _in_steps(config.num_stable_steps, horizon.total), decay
 
 
 def _in_steps(length: int | float, total: int) -> int:

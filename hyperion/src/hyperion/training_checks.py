@@ -1,0 +1,59 @@
+"""What stands against `training:` once model, device and data are known; what the keys alone show is refused before."""
+
+from __future__ import annotations
+
+from hyperion_core.errors import Problem
+from hyperion_core.facts import ModelFacts
+
+from .training_config import TrainingConfig
+
+_NEED_EVALUATION = ("early_stopping_patience", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end")
+
+
+def evaluation_problems(training: TrainingConfig) -> list[Problem]:
+    """Keys that do nothing because there is no evaluation data."""
+    dead = [key for key in _NEED_EVALUATION if getattr(training, key, None)]
+    if training.eval_strategy not in (None, "no"):
+        dead.append("eval_strategy")
+    if training.save_strategy == "best":
+        dead.append("save_strategy")
+    fix = "set dataset.validation_split, or leave it out"
+    return [Problem(key, f"{key} does nothing: there is no evaluation data", fix=fix) for key in dead]
+
+
+def length_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem]:
+    """A max_length that was asked for and that the model cannot read."""
+    context = facts.context_length
+    if training.max_length is None or not context or training.max_length <= context:
+        return []
+    what = f"{training.max_length} tokens are more than {facts.source} reads"
+    return [Problem("max_length", what, f"its context is {context} tokens", f"max_length: {context}, or leave it out")]
+
+
+def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
+    """Number formats that the device does not compute in."""
+    found = []
+    if not device.startswith("cuda"):
+        found += [
+            Problem(key, f"{key} works on CUDA GPUs only", f"the run is planned on {device}", "leave it out")
+            for key in ("fp16", "tf32")
+            if getattr(training, key, None)
+        ]
+    if device == "cpu" and getattr(training, "bf16", None) and not getattr(training, "use_cpu", None):
+        what = "bf16 on a CPU must be asked for"
+        found.append(Problem("bf16", what, "no GPU was found", "add use_cpu: true, or leave bf16 out"))
+    return found
+
+
+def batch_problems(training: TrainingConfig, train: int | None, evaluation: int | None) -> list[Problem]:
+    """Too few rows for one batch, where incomplete batches are dropped."""
+    if not getattr(training, "dataloader_drop_last", None):
+        return []
+    found = []
+    for key, rows in (("per_device_train_batch_size", train), ("per_device_eval_batch_size", evaluation)):
+        size = getattr(training, key)
+        if rows and rows < size:
+            why = f"{rows} rows do not fill a batch of {size} ({key})"
+            fix = f"lower {key}, or leave dataloader_drop_last out"
+            found.append(Problem("dataloader_drop_last", "every row would be dropped", why, fix))
+    return found
