@@ -82,6 +82,12 @@ def test_a_changed_objective_is_not_served_from_the_token_cache(
     assert learnt[1] < learnt[0]
 
 
+def test_autocast_to_bfloat16_works_where_there_is_no_gpu(tiny_model: Path, tmp_path: Path) -> None:
+    whole = config(tiny_model, bf16=True)
+    found = FinetuneConfig(**{**whole.given(), "training": {**whole.training.given(), "use_cpu": False}})
+    assert Trainer(found).train(prepared(), output_dir=tmp_path / "out").metrics["train_loss"] > 0
+
+
 def test_cut_rows_are_told(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = [{"prompt": "q", "completion": " a" * 40}] * 4
     with caplog.at_level(logging.INFO, logger="hyperion"):

@@ -198,10 +198,10 @@ def test_every_optimizer_that_needs_a_package_is_known_to_need_it(monkeypatch: p
     assert {name for name in names if not found[name]} == {
         "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"
     }  # fmt: skip
-    for name, package in (("adamw_torch_8bit", "torchao"), ("adamw_8bit", "bitsandbytes"), ("lion_32bit", "bitsandbytes"),
-                          ("paged_lion_8bit", "bitsandbytes"), ("rmsprop_bnb", "bitsandbytes"),
-                          ("ademamix", "bitsandbytes"), ("schedule_free_sgd", "schedulefree")):  # fmt: skip
-        assert f"pip install {package}," in found[name]
+    for name in ("adamw_8bit", "lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "ademamix"):
+        assert "pip install bitsandbytes," in found[name]
+    assert "pip install torchao," in found["adamw_torch_8bit"]
+    assert "pip install schedulefree," in found["schedule_free_sgd"]
 
 
 def test_an_observer_stands_once(registry) -> None:
@@ -239,7 +239,6 @@ def test_transformers_names_survive_a_round_trip() -> None:
         ({"max_length": 4096}, "its context is 512 tokens"),
         ({"fp16": True}, "fp16 works on CUDA GPUs only"),
         ({"tf32": True}, "tf32 works on CUDA GPUs only"),
-        ({"bf16": True}, "add use_cpu: true"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 16}, "10 rows do not fill a batch of 16"),
         ({"lr_scheduler": "constant", "warmup_ratio": 0.5}, "choose constant_with_warmup"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "training.lr_scheduler_type"),

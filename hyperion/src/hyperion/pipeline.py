@@ -101,8 +101,15 @@ def plan_run(config: FinetuneConfig, train: Dataset | None, evaluation: Dataset 
     device = "cpu" if getattr(config.training, "use_cpu", False) else actual_device()
     planned = make_plan(config, rows=rows, evaluation_rows=held_out, device=device)
     splits = train is None and config.dataset is not None and config.dataset.validation_split > 0
-    check_arguments(config.training.arguments(evaluates=splits or bool(held_out)))
+    check_arguments(training_arguments(config, device, evaluates=splits or bool(held_out)))
     return planned
+
+
+def training_arguments(config: FinetuneConfig, device: str, *, evaluates: bool) -> dict[str, Any]:
+    """Keyword arguments for `transformers.TrainingArguments`, without output_dir."""
+    arguments = config.training.arguments(evaluates=evaluates)
+    # transformers takes some options (bf16) on a CPU only where the CPU was asked for; here it was found.
+    return {**arguments, "use_cpu": True} if device == "cpu" else arguments
 
 
 def start_context(planned: Planned, folder: Path, progress: Progress) -> RunContext:
@@ -289,7 +296,10 @@ def fit(
         tokenizer,
         tokens.train,
         tokens.evaluation,
-        arguments={"output_dir": str(ctx.output), **training.arguments(evaluates=tokens.evaluation is not None)},
+        arguments={
+            "output_dir": str(ctx.output),
+            **training_arguments(config, ctx.device, evaluates=tokens.evaluation is not None),
+        },
         hooks=planned.hooks,
         ctx=ctx,
         adapter=(config.adapter.type, adapter),

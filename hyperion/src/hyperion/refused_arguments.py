@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "torch_compile_backend": ("the chunked loss was not shown to be exact under it", "leave it out"),
     "torch_compile_mode": ("the chunked loss was not shown to be exact under it", "leave it out"),
     "ignore_data_skip": (_INEXACT, "leave it out"),
+    "dataloader_in_order": (_INEXACT, "leave it out"),
     "save_only_model": (_INEXACT, "leave it out; use save_total_limit to save disk"),
     "restore_callback_states_from_checkpoint": (_INEXACT, "leave it out: --resume restores all state"),
     "auto_find_batch_size": (_INEXACT, "choose per_device_train_batch_size"),

@@ -39,9 +39,6 @@ def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
             for key in ("fp16", "tf32")
             if getattr(training, key, None)
         ]
-    if device == "cpu" and getattr(training, "bf16", None) and not getattr(training, "use_cpu", None):
-        what = "bf16 on a CPU must be asked for"
-        found.append(Problem("bf16", what, "no GPU was found", "add use_cpu: true, or leave bf16 out"))
     return found
 
 
