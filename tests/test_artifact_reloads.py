@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def test_reloaded_it_has_the_loss_that_the_run_reported(changes: dict, tiny_mode
     )
     tuned.use_adapter(False)
     assert plain_loss(tuned.model, tuned.tokenizer, evaluation) > artifact.metrics["eval_loss"] + 1e-3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_others_may_read_what_the_umask_lets_them_read(tiny_model: Path, tmp_path: Path) -> None:
+    artifact, _ = trained(tmp_path / "out", tiny_model, training={"max_steps": 1, "use_cpu": True})
+    modes = {path.stat().st_mode for path in artifact.folder.iterdir() if path.is_file()}
+    assert len(modes) == 1
 
 
 def test_new_tokens_are_refused_where_the_adapter_cannot_train_them(tiny_model: Path, tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: GG
         pad_token_id=tokenizer.pad_token_id,
     )
     plain.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # written for the owner alone; a shared cache is for all
+        shutil.copymode(folder / "config.json", weights)
     tokenizer.save_pretrained(folder)
     return dtype
 

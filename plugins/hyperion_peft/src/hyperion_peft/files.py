@@ -7,6 +7,7 @@ is not called "default" into a folder of its own, and writes sets in no order.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,13 @@ def save(model: nn.Module, name: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     waiting = state_of(model).tuned_biases if state_of(model).bias_owner == name else {}
     tensors = {t.key: waiting.get(t.name, t.parameter).detach().cpu().contiguous() for t in declared(model, name)}
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS)
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     content["inference_mode"] = True  # what plain peft makes of it is for use; training is asked for when loading
     write_json(folder / CONFIG, dict(sorted(content.items())))
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, partial)  # safetensors writes for the owner alone, whatever the umask says
+    os.replace(partial, folder / WEIGHTS)
     return [folder / CONFIG, folder / WEIGHTS]
 
 
