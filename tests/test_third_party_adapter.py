@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 SOURCE = '''
@@ -119,3 +120,50 @@ def test_it_trains_from_yaml_and_loads_again(fake_dist, cli, tiny_model: Path, t
     assert saved, "nothing was saved"
     assert all((tuned.model.get_parameter(key) == value).all() for key, value in saved.items())
     assert any(value.abs().max() > 0 for value in saved.values()), "nothing was learnt"
+
+
+PREPARED = """
+from hyperion_adapters_lora import LoraAdapter, LoraConfig
+
+
+class DataLoraConfig(LoraConfig):
+    type: str = "data-lora"
+
+
+class DataLora(LoraAdapter):
+    config_class = DataLoraConfig
+
+    def adapter_prepare(self, config, model, batches):
+        losses = [float(model(**batch).loss) for batch in batches]
+        return config.model_copy(update={"r": len(losses)})
+"""
+
+
+def test_an_adapter_that_initialises_from_data_changes_its_config_and_is_resumed_with_it(
+    fake_dist, cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    fake_dist("data-lora", {"hyperion.adapters": {"data-lora": "data_lora:DataLora"}}, {"data_lora": PREPARED})
+    rows = [{"prompt": f"{n} is", "completion": f" {n}"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "base_model": str(tiny_model),
+                "adapter": {"type": "data-lora", "r": 8, "target_modules": ["q_proj"]},
+                "dataset": "rows.jsonl",
+                "training": {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "save_total_limit": 5},
+            }
+        ),
+        encoding="utf-8",
+    )
+    trained = cli("train", "config.json", "--output_dir", "out")
+    assert trained.code == 0, trained.stderr
+    assert json.loads((tmp_path / "out/adapter.json").read_text())["config"]["r"] == 3, "three batches of four rows"
+
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    (tmp_path / "out/hyperion.json").unlink()
+    whole = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    resumed = cli("train", "config.json", "--output_dir", "out", "--resume")
+    assert resumed.code == 0, resumed.stderr
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole
+    assert json.loads((tmp_path / "out/adapter.json").read_text())["config"]["r"] == 3
