@@ -234,3 +234,16 @@ def test_the_registry_is_discovered_once_and_again_when_told(monkeypatch):
         assert made == [1, 1]
     finally:
         use(before)
+
+
+def test_a_plugin_that_cannot_be_made_is_named(registry):
+    class Wants(Scheduler):
+        def __init__(self, something):
+            self.something = something
+
+        def scheduler_build(self, config, optimizer, horizons): ...
+
+    registry.add(Wants, "wants")
+    with pytest.raises(PluginLoadError, match='the scheduler "wants" of in-process 0 cannot be made') as caught:
+        registry.create("scheduler", "wants")
+    assert "TypeError" in caught.value.why and "without arguments" in caught.value.fix

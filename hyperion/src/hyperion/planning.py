@@ -125,7 +125,7 @@ def choose_plugins(config: FinetuneConfig) -> tuple[RunHooks, list[Choice]]:
     ]
     hooks = RunHooks()
     for kind, name in chosen:
-        hooks.add(registry().load(kind, name)(), name)
+        hooks.add(registry().create(kind, name), name)
     return hooks, [Choice.of(registry().find(kind, name)) for kind, name in chosen]
 
 

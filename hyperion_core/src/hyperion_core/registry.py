@@ -88,6 +88,23 @@ class Registry:
         check_hooks(plugin, entry)
         return plugin
 
+    def create(self, kind: str, name: str) -> Plugin:
+        """An instance of the plugin, for one run.
+
+        Raises:
+            PluginError: as `load`, and PluginLoadError where making it fails.
+        """
+        plugin = self.load(kind, name)
+        try:
+            return plugin()
+        except Exception as error:
+            entry = self.find(kind, name)
+            raise PluginLoadError(
+                f'the {kind} "{entry.name}" of {entry.whose} cannot be made',
+                why=f"{plugin.__name__}() raised {type(error).__name__}: {error}",
+                fix=f"a plugin is made without arguments; tell the authors of {entry.distribution}",
+            ) from error
+
     def exported(self, name: str) -> Any:
         """A public name that lives in a plugin, for `from hyperion import NAME`.
 

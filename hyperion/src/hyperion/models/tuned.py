@@ -58,7 +58,7 @@ def load_tuned(folder: str | Path, *, base_model: str | None = None, dtype: str 
     artifact = Artifact.read(folder)
     name = str(artifact.adapter["type"])
     hooks = RunHooks()
-    hooks.add(registry().load("adapter", name)(), name)
+    hooks.add(registry().create("adapter", name), name)
     device = actual_device()
     source = (
         resolve_source(base_model)
