@@ -5,7 +5,10 @@ Sessions run on the Python that runs nox, `core` on each of `CORE_PYTHONS` that 
 
 from __future__ import annotations
 
+import email
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import nox
@@ -76,8 +79,64 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in docs/_build/html; a warning is an error. Its reference is written from the code, without torch."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    install(session, "./hyperion_core[testing]", *project["optional-dependencies"]["docs"], "jinja2", "rich", "typer")
+    sources = ["peft", "transformers"]  # their options are read from source
+    install(session, "--no-deps", "hatchling", "editables", "pathspec", "pluggy", "trove-classifiers", *sources)
+    editables = [argument for folder in [".", *DISTRIBUTIONS] for argument in ("--editable", folder)]
+    session.install("--no-deps", "--no-build-isolation", *editables)
+    session.run("make", "-C", "docs", "html", external=True)
+
+
 @nox.session(python=CORE_PYTHONS, download_python="never")
 def core(session: nox.Session) -> None:
     """The core's own tests on every Python present, with nothing else installed: no framework, no torch."""
     install(session, "./hyperion_core[testing]")
     session.run("pytest", "hyperion_core/tests", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every wheel as a release has it, install them into an empty environment, and train with them."""
+    folder = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    build = ["pip", "wheel", "--no-deps", "--wheel-dir", str(folder)]
+    release = {"HYPERION_RELEASE": "1", "PIP_CONSTRAINT": str(CONSTRAINTS)}
+    session.run("python", "-m", *build, ".", *DISTRIBUTIONS, env=release)
+    built = sorted(folder.glob("*.whl"))
+    if len(built) != len(DISTRIBUTIONS) + 1:
+        session.error(f"{len(DISTRIBUTIONS) + 1} wheels were to be built, and there are {len(built)}")
+    asked = {requirement for wheel in built for requirement in requirements_of(wheel)}
+    if links := [requirement for requirement in asked if "@" in requirement]:
+        session.error(f"a wheel asks for a link: {links}")
+    libraries = sorted(text for text in asked if not text.startswith("hyperion") and "extra ==" not in text)
+    install(session, "torch")  # before all else, as in install_everything
+    install(session, *libraries)
+    session.install("--no-index", "--no-deps", *map(str, built))  # no index is asked for a name of ours
+    session.run("python", "-m", "pip", "check")
+
+    outside = Path(shutil.copy(ROOT / "tests" / "wheel_smoke.py", session.create_tmp()))
+    session.chdir(outside.parent)  # from here on, nothing of the checkout is on the path
+    clean = {**OFFLINE, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    session.run("hyperion", "plugins", "doctor", env=clean)
+    run = outside.parent / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    session.run("python", str(outside), str(run), env=clean)
+
+
+def requirements_of(wheel: Path) -> list[str]:
+    """What a built wheel asks for."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """Kill a training run everywhere, resume it, and compare the bytes: about half an hour; begun again, it goes on."""
+    install_everything(session, "[dev]")
+    session.run("python", "benchmarks/resume_stress.py", *session.posargs, env=OFFLINE)

@@ -38,7 +38,9 @@ def config_file(folder: Path, base: Path, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["--help", "validate", "plugins list", "schema"])
+@pytest.mark.parametrize(
+    "command", ["--help", "validate", "plugins list", "plugins info lora", "plugins doctor lora", "schema"]
+)
 def test_it_answers_without_importing_anything_heavy(command: str, tiny_model: Path, tmp_path: Path) -> None:
     arguments = command.split()
     if command == "validate":

@@ -45,7 +45,7 @@ def test_examples_validate(path: Path, cli) -> None:
     assert done.code == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
 def test_what_the_documents_name_exists(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]

@@ -7,8 +7,10 @@ import email
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,21 +42,37 @@ def is_ours(requirement: Requirement) -> bool:
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> email.message.Message:
-    """METADATA of the framework's wheel as a release has it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "HYPERION_RELEASE": "1"},
-        check=True,
-        capture_output=True,
-    )
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-        assert "hyperion/py.typed" in names
-        assert not [name for name in names if not name.startswith(("hyperion/", "hyperion_ft-"))]
-        return email.message_from_bytes(wheel.read(next(name for name in names if name.endswith("/METADATA"))))
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Wheel and source archive of every distribution, as a release has them."""
+    found = {}
+    for name, source in FOLDERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        subprocess.run(
+            [sys.executable, "-m", "hatchling", "build", "-d", str(folder)],
+            cwd=source,
+            env={**os.environ, "HYPERION_RELEASE": "1"},
+            check=True,
+            capture_output=True,
+        )
+        found[name] = (next(folder.glob("*.whl")), next(folder.glob("*.tar.gz")))
+    return found
+
+
+def source_of(name: str) -> Path:
+    """The folder that holds a distribution's package."""
+    return FOLDERS[name] / "hyperion" / "src" if name == FRAMEWORK else FOLDERS[name] / "src"
+
+
+def metadata_of(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(archive.read(file))
+
+
+@pytest.fixture(scope="module")
+def released(built: dict[str, tuple[Path, Path]]) -> email.message.Message:
+    """METADATA of the framework's wheel."""
+    return metadata_of(built[FRAMEWORK][0])
 
 
 def test_every_distribution_of_ours_was_installed_from_this_checkout() -> None:
@@ -94,6 +112,52 @@ def test_a_released_wheel_asks_for_versions_and_carries_no_link(released: email.
 
 
 @pytest.mark.parametrize("name", FOLDERS)
+def test_a_wheel_holds_its_package_whole_and_nothing_else(name: str, built: dict[str, tuple[Path, Path]]) -> None:
+    wheel, _ = built[name]
+    source = source_of(name)
+    package = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {file for file in archive.namelist() if ".dist-info/" not in file}
+        beside = {file.split(".dist-info/")[1]: file for file in archive.namelist() if ".dist-info/" in file}
+        licence = archive.read(beside["licenses/LICENSE"]).decode()
+        entry_points = archive.read(beside["entry_points.txt"]).decode() if "entry_points.txt" in beside else ""
+    assert inside == {file for file in package if "__pycache__" not in file and "_cache/" not in file}
+    top = {file.split("/")[0] for file in inside}
+    assert top == {"hyperion" if name == FRAMEWORK else name.replace("-", "_")}, "one package a distribution"
+    assert all(f"{package}/py.typed" in inside for package in top)
+    assert ("Apache License" if name in APACHE else "GNU AFFERO") in licence
+    for entry_point in importlib.metadata.distribution(name).entry_points:
+        assert f"{entry_point.name} = {entry_point.value}" in entry_points
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_wheel_says_what_was_built_and_links_to_nothing(name: str, built: dict[str, tuple[Path, Path]]) -> None:
+    wheel, _ = built[name]
+    metadata = metadata_of(wheel)
+    assert canonicalize_name(metadata["Name"]) == name
+    code = (source_of(name) / name.replace("-", "_").replace("hyperion_ft", "hyperion") / "__init__.py").read_text()
+    written = re.search(r'^__version__ = "(.+)"$', code, re.MULTILINE)
+    assert metadata["Version"] == (written[1] if written else importlib.metadata.version(name))
+    for text in metadata.get_all("Requires-Dist") or []:
+        assert Requirement(text).url is None, f"{name} asks for {text}"
+    assert "file:" not in metadata.as_string()
+    assert str(ROOT) not in metadata.as_string()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_source_archive_has_what_a_build_needs(name: str, built: dict[str, tuple[Path, Path]]) -> None:
+    _, archive = built[name]
+    with tarfile.open(archive) as files:
+        names = {file.partition("/")[2] for file in files.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
+    package = source_of(name).relative_to(FOLDERS[name]).as_posix()
+    assert any(file.startswith(f"{package}/") and file.endswith("/py.typed") for file in names)
+    assert not [
+        file for file in names if "_cache" in file or "__pycache__" in file or file.startswith((".git/", ".nox"))
+    ]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_licence_and_lock_are_in_the_metadata(name: str) -> None:
     metadata = importlib.metadata.metadata(name)
     licence, title = ("Apache-2.0", "Apache License") if name in APACHE else ("AGPL-3.0-or-later", "GNU AFFERO")
@@ -111,8 +175,7 @@ def test_every_library_that_is_imported_is_asked_for(name: str) -> None:
     if name != FRAMEWORK:  # a plugin may use what the core, or another plugin that it builds on, brings along
         ours = {item.name for item in requirements(name) if is_ours(item)}
         asked |= {canonicalize_name(item.name) for owner in ours for item in requirements(owner)}
-    source = FOLDERS[name] / "hyperion" / "src" if name == FRAMEWORK else FOLDERS[name] / "src"
-    for file in source.rglob("*.py"):
+    for file in source_of(name).rglob("*.py"):
         if "testing" in file.parts:  # the conformance kit, which runs where the framework does
             continue
         for module in _imported(ast.parse(file.read_text(encoding="utf-8"))):

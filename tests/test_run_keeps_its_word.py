@@ -100,7 +100,7 @@ def test_a_run_that_failed_early_leaves_its_folder_free(tiny_model: Path, tmp_pa
     trainer = Trainer(config(tiny_model).replace(dataset=str(tmp_path / "rows.jsonl")))
     with pytest.raises(HyperionError):
         trainer.train(output_dir=tmp_path / "out")
-    assert (tmp_path / "out/plan.json").exists()
+    assert not (tmp_path / "out").exists()
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     assert trainer.train(output_dir=tmp_path / "out").metrics["train_loss"] > 0
 

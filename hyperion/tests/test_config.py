@@ -127,7 +127,7 @@ def test_every_error_of_a_file_is_told_at_once_with_its_line(tmp_path: Path) -> 
         ({"objective": "dpoo"}, 'no installed distribution has an objective called "dpoo"'),
         ({"plugins": ["watcher"]}, 'no installed distribution has an observer called "watcher"'),
         ({"new_tokens": ["<a>", "<a>"]}, '"<a>" stands twice'),
-        ({"version": 2}, "version: 2 is refused"),
+        ({"version": 2}, "version 2 is a newer format"),
         ({"dtype": "int8"}, "dtype: 'int8' is refused"),
         ({"dataset": {"dataset": "x", "validation_split": 1.5}}, "dataset.validation_split"),
         ({"training": {"optim": "adamv_torch"}}, 'did you mean "adamw_torch"?'),
@@ -229,7 +229,7 @@ def test_transformers_names_survive_a_round_trip() -> None:
 @pytest.mark.parametrize(
     ("training", "says"),
     [
-        ({"early_stopping_patience": 2}, "early_stopping_patience does nothing: there is no evaluation data"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience does nothing"),
         ({"eval_steps": 5}, "training.eval_steps"),
         ({"eval_strategy": "epoch"}, "training.eval_strategy"),
         ({"eval_delay": 1}, "training.eval_delay"),

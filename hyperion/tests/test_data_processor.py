@@ -182,7 +182,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path):
         ("d.csv", b"text,b\n1\n", "d.csv:2 has 1 cells where the header has 2"),
         ("d.txt", b"caf\xe9\n", "not UTF-8"),
         ("d.parquet", b"nothing", "cannot be loaded"),
-        ("d.jsonl", b"", "no columns that can be trained on"),
+        ("d.jsonl", b"", "has no rows"),
     ],
 )
 def test_broken_files_say_where(tmp_path, name, content, what):

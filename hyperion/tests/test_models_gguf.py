@@ -126,6 +126,18 @@ def test_the_converted_model_is_the_one_in_the_file(original: Any, tmp_path: Pat
     assert (record["source"], record["dtype"]) == (path.name, "float32")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "conversion.json"])
+def test_a_damaged_conversion_is_made_again(original: Any, tmp_path: Path, name: str) -> None:
+    messages: list[str] = []
+    path = write_gguf(tmp_path / "a.gguf", original)
+    folder = convert_gguf(path, tmp_path / "cache", messages.append)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    assert convert_gguf(path, tmp_path / "cache", messages.append) == folder
+    assert (folder / name).read_bytes() == whole
+    assert any("is damaged: it is made again" in message for message in messages)
+
+
 def test_the_second_time_it_is_only_looked_up(original: Any, tmp_path: Path) -> None:
     messages: list[str] = []
     path = write_gguf(tmp_path / "a.gguf", original)
@@ -214,7 +226,7 @@ def test_a_damaged_or_unsupported_file_is_refused(
     with pytest.raises(ModelError, match="cut short"):
         convert_gguf(path, tmp_path / "cache", silent)
     path.write_bytes(whole.replace(b"llama", b"lemma"))
-    with pytest.raises(ModelError, match="'lemma' may be unsupported"):
+    with pytest.raises(ModelError, match="architecture 'lemma'"):
         convert_gguf(path, tmp_path / "cache", silent)
     path.write_bytes(whole)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -61,8 +61,8 @@ def test_everything_is_reported_at_once():
     assert found["inner.alhpa"].what == 'unknown key "alhpa"' and found["inner.alhpa"].fix == 'did you mean "alpha"?'
     assert found["by_name.q.rat"].fix == 'did you mean "rate"?'
     assert found["name"].what == '"name" is missing' and found["name"].fix == "add it"
-    assert found["mode"].what == "'quick' is refused" and "'fast' or 'slow'" in found["mode"].why
-    assert found["inner.rate"].what == "'high' is refused" and found["inner.rate"].why.startswith("input should be")
+    assert found["mode"].what == "'quick' is refused" and "fast, slow" in found["mode"].why
+    assert found["inner.rate"].what == "'high' is refused" and found["inner.rate"].why == "a number is wanted"
     assert found["many.1.rate"] == Problem("many.1.rate", "rate equals alpha", "nothing would move", "give another")
 
 
@@ -92,7 +92,7 @@ def test_types_are_not_guessed(value):
 
 def test_a_union_gives_one_problem_with_all_the_reasons_and_a_clean_path():
     (problem,) = problems({"targets": 7}, Inner).values()
-    assert problem.path == "targets" and "valid string; or input should be a valid list" in problem.why
+    assert problem.path == "targets" and problem.why == "text is wanted; or a list is wanted"
     (problem,) = problems({"amount": "x"}, Inner).values()
     assert problem.path == "amount" and "; or " in problem.why
     found = problems({"name": "x", "either": {"alhpa": 2}})
@@ -124,7 +124,7 @@ def test_pydantics_own_door_raises_pydantics_own_error():
 
 
 def test_what_is_no_mapping_is_refused():
-    assert "valid dictionary" in problems(["a"])[""].why
+    assert problems(["a"])[""].why == "a mapping of keys to values is wanted"
 
 
 class Validating(StrictModel):

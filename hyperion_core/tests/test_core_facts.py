@@ -88,6 +88,7 @@ def live(tied):
         model=Module(
             embed=embedding,
             packed=Module(weight=weight(1, 99), in_features=4, out_features=8, bias=weight(8)),
+            otherwise=Module(qweight=weight(1, 99), in_features=4, out_features=8, bias=None),
             conv=Module(weight=weight(4, 8), nx=4, nf=8, bias=None),
             norm=Module(weight=weight(4)),
             router=Module(weight=weight(2, 3, 4)),
@@ -102,6 +103,7 @@ def test_a_loaded_models_facts_are_its_declared_sizes():
     assert facts.modules == (
         ModuleFact("model.embed", "embedding", (16, 4)),
         ModuleFact("model.packed", "linear", (8, 4), bias=True),
+        ModuleFact("model.otherwise", "linear", (8, 4)),
         ModuleFact("model.conv", "linear", (8, 4)),
         ModuleFact("model.norm", "norm", (4,)),
         ModuleFact("model.router", "other", (2, 3, 4)),

@@ -125,6 +125,26 @@ def test_a_requirement_that_the_metadata_names_is_missed_before_import(one, fake
     assert fake_dist.imported() == []
 
 
+def test_a_plugin_that_exits_while_it_is_imported_does_not_end_the_command_unheard(one):
+    with pytest.raises(PluginLoadError, match="is broken") as caught:
+        one("import sys; sys.exit('bye')").load("scheduler", "warm")
+    assert "SystemExit: bye" in caught.value.why
+
+
+def test_a_name_is_looked_up_over_all_kinds(one, fake_dist, plugin_source):
+    one()
+    fake_dist("bolt", {Objective.group: {"warm": "bolt:Fake"}}, {"bolt": plugin_source(Objective)})
+    found = fake_dist.registry()
+    assert [entry.kind for entry in found.named("warm")] == ["scheduler", "objective"]
+    assert [entry.distribution for entry in found.named("bolt:warm")] == ["bolt"]
+    assert [entry.kind for entry in found.named("warm", "objective")] == ["objective"]
+    with pytest.raises(PluginNotFoundError, match='a plugin called "wram"') as caught:
+        found.named("wram")
+    assert caught.value.fix == 'did you mean "warm"?'
+    with pytest.raises(PluginNotFoundError, match="has an adapter called"):
+        found.named("warm", "adapter")
+
+
 def test_a_requirement_that_the_metadata_hides_is_missed_by_import(one):
     with pytest.raises(PluginRequirementError) as caught:
         one("import no_such_library.part").load("scheduler", "warm")

@@ -7,9 +7,13 @@ plugin (`LoraConfig`) is found through the entry-point group `hyperion.exports`.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
+from hyperion_core.secrets import hide_in_logs
+
 __version__ = "0.1.0"
+hide_in_logs(logging.getLogger("hyperion"))
 
 if TYPE_CHECKING:
     from hyperion_core.artifact import Artifact as Artifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +16,13 @@ from hyperion_core.config import (
     raise_problems,
 )
 from hyperion_core.config_file import ConfigFile, read_config_file
-from hyperion_core.errors import ConfigError, PluginError, Problem
+from hyperion_core.errors import ConfigError, HyperionError, PluginError, Problem
 from hyperion_core.kinds import Plugin, with_article
 from hyperion_core.registry import registry
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator
 
+from .data.audit.config import AuditConfig
+from .refused_arguments import tracker_fix
 from .training_config import TrainingConfig
 
 
@@ -32,6 +35,9 @@ class DatasetConfig(StrictModel):
     input_template: str | None = Field(None, description="Wraps {input}; vanishes where a row has none.")
     output_template: str | None = Field(None, description="Wraps {output}; what precedes {output} is not learnt.")
     system: str | None = Field(None, description="System message, for format: chat.")
+    chat_template: str | None = Field(
+        None, min_length=1, description="Jinja text, or path of a .jinja file: writes chat rows, in place of the model's."
+    )
     columns: dict[str, str] | None = Field(None, description="Our field name: the column's name in the data.")
     split: str = Field("train", description="Split of a hub dataset.")
     name: str | None = Field(None, description="Configuration of a hub dataset.")
@@ -68,10 +74,11 @@ class FinetuneConfig(StrictModel):
         validate_default=True,
         description="What is learnt from a row: a name, or a mapping with `type`.",
     )
+    audit: AuditConfig = Field(default_factory=AuditConfig, description="What is refused of the data before training.")
     new_tokens: list[str] = Field(default_factory=list, description="Tokens to add to the vocabulary and train.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How it is trained.")
     plugins: list[str] = Field(default_factory=list, description="Observers of the run, by name.")
-    output_dir: str | None = Field(None, description="Where the run goes; --output_dir overrides it.")
+    output_dir: str | None = Field(None, min_length=1, description="Where the run goes; --output_dir overrides it.")
 
     _file: ConfigFile | None = PrivateAttr(None)
 
@@ -90,6 +97,18 @@ class FinetuneConfig(StrictModel):
         config._file = file
         return config
 
+    @classmethod
+    def meant_by(cls, key: str) -> str:
+        for section, model in (("training", TrainingConfig), ("dataset", DatasetConfig), ("audit", AuditConfig)):
+            if key in model.allowed_keys():
+                return f"put it under {section}:"
+        return super().meant_by(key)
+
+    @property
+    def file(self) -> Path | None:
+        """Where it was read from; None when it was made in Python."""
+        return self._file.path if self._file else None
+
     @property
     def base_dir(self) -> Path | None:
         """The folder that relative paths start from; None is the working directory."""
@@ -105,7 +124,8 @@ class FinetuneConfig(StrictModel):
         Raises:
             ConfigError: with every problem at once.
         """
-        changed = type(self).parse({**self.given(), **changes})
+        source = str(self._file.path) if self._file else ""
+        changed = type(self).parse({**self.given(), **changes}, source=source)
         changed._file = self._file
         return changed
 
@@ -128,6 +148,14 @@ class FinetuneConfig(StrictModel):
         if self.training.lr_scheduler_type:
             del data["training"]["lr_scheduler"]  # its default: the two are refused together
         return data
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > 1:
+            why = "this hyperion reads version 1"
+            raise_problems([Problem("", f"version {value} is a newer format", why, "upgrade hyperion-ft")])
+        return value
 
     @field_validator("adapter", mode="wrap")
     @classmethod
@@ -167,6 +195,14 @@ class FinetuneConfig(StrictModel):
         raise_problems(problems)
         return training
 
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _list_of_observers(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            fix = tracker_fix(value) or f"plugins: [{value}]"
+            raise_problems([Problem("", f"{value!r} is no list", "plugins lists observers by name", fix)])
+        return value
+
     @field_validator("plugins", mode="after")
     @classmethod
     def _observers(cls, value: list[str]) -> list[str]:
@@ -175,11 +211,13 @@ class FinetuneConfig(StrictModel):
             try:
                 registry().load("observer", name)
             except PluginError as error:
-                problems.append(Problem(str(index), error.what, error.why, error.fix))
+                problems.append(Problem(str(index), error.what, error.why, tracker_fix(name) or error.fix))
                 continue
             qualified = registry().find("observer", name).qualified
             if qualified in seen:
-                problems.append(Problem(str(index), f'"{name}" stands twice', fix="leave it out"))
+                problems.append(
+                    Problem(str(index), f'"{name}" stands twice', "an observer is told once", "leave it out")
+                )
             seen.add(qualified)
         raise_problems(problems)
         return value
@@ -187,12 +225,13 @@ class FinetuneConfig(StrictModel):
     @field_validator("new_tokens", mode="after")
     @classmethod
     def _new_tokens(cls, value: list[str]) -> list[str]:
-        twice = sorted({token for token in value if value.count(token) > 1})
+        twice = sorted(token for token, times in Counter(value).items() if times > 1)
         bad = [
             *(f'"{token}" stands twice' for token in twice),
             *("an empty token" for token in value if not token.strip()),
         ]
-        raise_problems([Problem("", what, fix="leave it out") for what in dict.fromkeys(bad)])
+        why = "each token is one new row of the embedding"
+        raise_problems([Problem("", what, why, "leave it out") for what in dict.fromkeys(bad)])
         return value
 
 
@@ -201,7 +240,8 @@ def _plugin_config(kind: str, value: Any) -> StrictModel:
     if isinstance(value, StrictModel):
         name = getattr(value, "type", "")
         if not name:
-            raise_problems([Problem("type", f"this {kind} config does not say which {kind} it is for", fix="set type")])
+            raise_problems([Problem("type", f"this {kind} config does not say which {kind} it is for",
+                                     "its type is empty", "set type")])  # fmt: skip
         plugin = _load(kind, name)
         if not isinstance(value, plugin.config_class):
             raise_problems([_wrong_class(kind, name, value, plugin)])
@@ -222,9 +262,16 @@ def _plugin_config(kind: str, value: Any) -> StrictModel:
     if not isinstance(value.get("type"), str):
         names = sorted({entry.name for entry in registry().entries(kind)})
         raise_problems(
-            [Problem("type", '"type" is missing', fix=f"say which {kind}: {', '.join(names) or 'none is installed'}")]
+            [
+                Problem(
+                    "type",
+                    '"type" is missing' if value.get("type") is None else f"type {value['type']!r} is refused",
+                    f"it names the plugin that the {kind} comes from",
+                    f"say which {kind}: {', '.join(names) or 'none is installed'}",
+                )
+            ]
         )
-    return _load(kind, value["type"]).config_class.model_validate(dict(value))
+    return _validated(kind, value["type"], _load(kind, value["type"]), dict(value))
 
 
 def _quantization_config(value: Any) -> StrictModel:
@@ -248,18 +295,39 @@ def _quantization_config(value: Any) -> StrictModel:
                     Problem(
                         "",
                         "quantization needs a quantizer, and none is installed",
-                        fix='install one, for example: python -m pip install "hyperion-ft[bnb]"',
+                        "how weights are quantized is a plugin's matter",
+                        'install one, for example: python -m pip install "hyperion-ft[bnb]"',
                     )
                 ]
             )
         if len(names) > 1:
             raise_problems(
-                [Problem("method", "several quantizers are installed", fix=f"say which: {', '.join(names)}")]
+                [
+                    Problem(
+                        "method",
+                        "several quantizers are installed",
+                        "any of them could be meant",
+                        f"say which: {', '.join(names)}",
+                    )
+                ]
             )
         method = names[0]
     elif not isinstance(method, str):
         raise_problems([Problem("method", f"{method!r} is refused", "a method is a plugin's name", "method: …")])
-    return _load("quantizer", method, at="method").config_class.model_validate({**data, "method": method})
+    return _validated("quantizer", method, _load("quantizer", method, at="method"), {**data, "method": method})
+
+
+def _validated(kind: str, name: str, plugin: type[Plugin], data: dict[str, Any]) -> StrictModel:
+    try:
+        return plugin.config_class.model_validate(data)
+    except (ValidationError, HyperionError):
+        raise
+    except Exception as error:
+        what = f'the {kind} "{name}" of {registry().find(kind, name).whose} failed while it read its options'
+        why = f"{plugin.config_class.__name__} raised {type(error).__name__}: {error}"
+        fix = f"it is the plugin's fault: tell its authors, or choose another {kind}"
+        raise_problems([Problem("", what, why, fix)])
+        raise  # raise_problems always raises here; this tells the type checker
 
 
 def _load(kind: str, name: str, *, at: str = "type") -> type[Plugin]:

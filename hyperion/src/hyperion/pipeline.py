@@ -18,10 +18,20 @@ from hyperion_core.errors import DataError
 from .config import FinetuneConfig
 from .data.identity import data_hashes, source_hash
 from .data.row_hook import RowHook
+from .disk import writing
+from .lock import LOCK, gather, gather_for, read_lock, refuse_drift, run_name, write_lock
+from .models.cache import check_caches
 from .models.facts import model_facts
 from .models.source import resolve_source
-from .output import check_same_data, claim_output, read_prepared, write_artifact, write_prepared
-from .planning import Planned, Rows, effective_max_length, make_plan, quantizer_name, uniform_bits
+from .output import (
+    check_same_data,
+    claim_output,
+    output_folder,
+    read_prepared,
+    write_artifact,
+    write_prepared,
+)
+from .planning import Planned, Rows, effective_max_length, make_plan
 from .training_checks import length_problems
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ def run(
     train: Dataset | None = None,
     evaluation: Dataset | None = None,
     resume: bool = False,
+    lock: Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Plan, train, and leave an artifact in `output_dir`.
@@ -62,6 +73,7 @@ def run(
         output_dir: a folder that does not exist yet, or, with `resume`, the one of an interrupted run.
         train, evaluation: rows of `DatasetProcessor.prepare()`; without `train`, the config's dataset is prepared.
         resume: go on from the last complete checkpoint.
+        lock: a lock file that the run must agree with.
 
     Raises:
         HyperionError: the run cannot start or go on; says what, whose, why, and the fix.
@@ -69,25 +81,30 @@ def run(
     if train is None and config.dataset is None:
         raise DataError("there is no data", why="neither the config nor the call gives any",
                         fix="set dataset: in the config, or pass train_dataset")  # fmt: skip
-    planned = plan_run(config, train, evaluation)
-    folder, checkpoint = claim_output(Path(output_dir), planned.plan, resume=resume)
-    ctx = start_context(planned, folder, progress or NoProgress())
-    planned.hooks.observe("run_start", plan=planned.plan, ctx=ctx)
-    try:
-        base = obtain_base(planned, config, ctx)
-        tokenizer, new_ids = load_tokenizer(base, config)
-        tokens = prepare_data(base, planned, config, tokenizer, ctx, train, evaluation)
-        check_same_data(folder, data_hashes(tokens.train, tokens.evaluation), resume=resume)
-        model = load_base(base, planned, config, tokenizer, new_ids, ctx)
-        ctx = replace(ctx, new_token_ids=tuple(new_ids))
-        model, adapter = attach_adapter(model, planned, config, tokenizer, tokens, checkpoint, ctx)
-        fitted = fit(model, tokenizer, tokens, planned, config, adapter, checkpoint, ctx)
-        artifact = leave_artifact(fitted, tokenizer, tokens, planned, config, adapter, ctx)
-        publish(artifact, config, ctx)
-    except BaseException as error:
-        planned.hooks.observe("run_error", error=error, ctx=ctx)
-        raise
-    planned.hooks.observe("run_end", artifact=artifact, ctx=ctx)
+    with output_folder(Path(output_dir), resume=resume) as (folder, checkpoint):
+        check_caches()
+        planned = plan_run(config, train, evaluation)
+        if lock is not None:
+            refuse_drift(lock, read_lock(lock, run_name(config)), gather_for(planned, progress or NoProgress()))
+        claim_output(folder, planned.plan, checkpoint)
+        ctx = start_context(planned, folder, progress or NoProgress())
+        planned.hooks.observe("run_start", plan=planned.plan, ctx=ctx)
+        try:
+            base = obtain_base(planned, config, ctx)
+            tokenizer, new_ids = load_tokenizer(base, config)
+            tokens = prepare_data(base, planned, config, tokenizer, ctx, train, evaluation)
+            check_same_data(folder, data_hashes(tokens.train, tokens.evaluation), resume=resume)
+            write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))
+            model = load_base(base, planned, config, tokenizer, new_ids, ctx)
+            ctx = replace(ctx, new_token_ids=tuple(new_ids))
+            model, adapter = attach_adapter(model, planned, config, tokenizer, tokens, checkpoint, ctx)
+            fitted = fit(model, tokenizer, tokens, planned, config, adapter, checkpoint, ctx)
+            artifact = leave_artifact(fitted, tokenizer, tokens, planned, config, adapter, ctx)
+            publish(artifact, config, ctx)
+        except BaseException as error:
+            planned.hooks.observe("run_error", error=error, ctx=ctx)
+            raise
+        planned.hooks.observe("run_end", artifact=artifact, ctx=ctx)
     return artifact
 
 
@@ -134,24 +151,13 @@ def obtain_base(planned: Planned, config: FinetuneConfig, ctx: RunContext) -> Pa
     """The base model as a local folder in transformers' format: downloaded or converted where it must be."""
     from .models.load import materialize
 
-    base = materialize(
+    return materialize(
         planned.source,
         ctx.cache,
         ctx.log.info,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    if config.quantization is None:
-        return base
-    quantized = planned.hooks.quantizer(quantizer_name(config)).quantizer_prepare(
-        source=base,
-        config=config.quantization,
-        bits=uniform_bits(config),
-        calibration=None,
-        folder=ctx.cache / "quantized",
-        ctx=ctx,
-    )
-    return quantized or base
 
 
 def load_tokenizer(base: Path, config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
@@ -226,26 +232,12 @@ def load_base(
     ctx: RunContext,
 ) -> Module:
     """The base's weights, quantized where the config says so, on the run's device, with rows for the new tokens."""
-    from .models.load import load_model
     from .models.new_tokens import grow_embeddings
+    from .quantization.base import load_quantizable
 
-    load_kwargs: dict[str, Any] = {}
-    if config.quantization is not None:
-        load_kwargs = planned.hooks.quantizer(quantizer_name(config)).quantizer_load_kwargs(
-            source=base, config=config.quantization, bits=uniform_bits(config), ctx=ctx
-        )
-    model: Module = load_model(
-        base,
-        dtype=planned.plan.dtype,
-        device=ctx.device,
-        trust_remote_code=config.trust_remote_code,
-        load_kwargs=load_kwargs,
+    model = load_quantizable(
+        base, config.quantization, planned.hooks, ctx, training=True, trust_remote_code=config.trust_remote_code
     )
-    if config.quantization is not None:
-        quantizer = planned.hooks.quantizer(quantizer_name(config))
-        model = quantizer.quantizer_after_load(
-            model=model, config=config.quantization, bits=uniform_bits(config), training=True
-        )
     grow_embeddings(model, tokenizer, new_ids)
     return model
 
@@ -324,19 +316,20 @@ def leave_artifact(
     """Adapter, tokenizer, plan, versions, hashes, metrics, and a model card that tells them."""
     from .monitoring.plot import draw_loss_curve
 
-    planned.hooks.adapter(config.adapter.type).adapter_save(
-        model=fitted.model, name=ADAPTER_NAME, config=adapter, folder=ctx.output, for_resume=False
-    )
-    tokenizer.save_pretrained(ctx.output)
-    draw_loss_curve(ctx.output / "metrics.jsonl", ctx.output / "loss.png")
-    return write_artifact(
-        ctx.output,
-        planned,
-        config,
-        adapter,
-        metrics=fitted.metrics,
-        data={**tokens.provenance, "tokenized": asdict(tokens.report)},
-    )
+    with writing("the artifact", ctx.output):
+        planned.hooks.adapter(config.adapter.type).adapter_save(
+            model=fitted.model, name=ADAPTER_NAME, config=adapter, folder=ctx.output, for_resume=False
+        )
+        tokenizer.save_pretrained(ctx.output)
+        draw_loss_curve(ctx.output / "metrics.jsonl", ctx.output / "loss.png")
+        return write_artifact(
+            ctx.output,
+            planned,
+            config,
+            adapter,
+            metrics=fitted.metrics,
+            data={**tokens.provenance, "tokenized": asdict(tokens.report)},
+        )
 
 
 def publish(artifact: Artifact, config: FinetuneConfig, ctx: RunContext) -> None:

@@ -18,12 +18,17 @@ from hyperion_core.registry import registry
 
 from .config import FinetuneConfig
 from .data.arguments import DataArgumentsError
+from .data.chat_template import chat_template_effect, chat_template_problems
 from .data.processor import DatasetProcessor
 from .memory import forecast
+from .models.check import check_base
 from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
-from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems
+from .planning_hooks import PlanningHooks
+from .quantization.base import uniform_bits
+from .secret_checks import secret_problems
+from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems, warmup_problems
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 _MAX_LENGTH = 1024
@@ -70,9 +75,10 @@ def make_plan(
     Raises:
         ConfigError: with every problem at once.
     """
-    problems: list[Problem] = []
+    problems = secret_problems(config.as_data())
     training = config.training
     hooks, choices = choose_plugins(config)
+    asked = PlanningHooks(hooks)
     source, facts = _base_model(config, problems)
     processor = _processor(config, problems)
     rows = rows or _counted(config, processor, problems)
@@ -81,17 +87,17 @@ def make_plan(
     device = "cpu" if getattr(training, "use_cpu", False) else device or plan_device()
     dtype = choose_dtype(config.dtype, device)
     steps, why_no_steps = optimizer_steps(config, rows)
-    _check_adapter(config, hooks, facts, problems)
-    bits = _check_quantizer(config, hooks, facts, device, problems)
-    found = hooks.objective(config.objective.type).objective_check(config=config.objective)
+    _check_adapter(config, asked, facts, problems)
+    bits = _check_quantizer(config, asked, facts, device, problems)
+    found = asked.objective(config.objective.type).objective_check(config=config.objective)
     problems += [problem.at("objective") for problem in found or []]
-    _check_training(config, facts, rows, device, problems)
-    _check_scheduler(config, hooks, steps, problems)
+    _check_training(config, facts, rows, device, steps, problems)
+    _check_scheduler(config, asked, steps, problems)
     config.refuse(problems)
     assert source is not None
 
-    targets = _adapter_targets(config, hooks, facts)
-    memory, trainable = _memory(config, hooks, facts, bits, dtype)
+    targets = _adapter_targets(config, asked, facts)
+    memory, trainable = _memory(config, asked, facts, bits, dtype)
     plan = Plan(
         config=config.as_data(),
         choices=tuple(choices),
@@ -135,12 +141,6 @@ def quantizer_name(config: FinetuneConfig) -> str:
     return config.quantization.method
 
 
-def uniform_bits(config: FinetuneConfig) -> BitPlan:
-    """The same bits everywhere; group size 0 is the method's own."""
-    assert config.quantization is not None
-    return BitPlan(config.quantization.bits, config.quantization.group_size or 0)
-
-
 def count_rows(config: FinetuneConfig, processor: DatasetProcessor | None) -> Rows:
     """Rows after sample_limit and validation_split, as far as they can be counted cheaply."""
     if processor is None or config.dataset is None:
@@ -176,7 +176,9 @@ def versions(choices: list[Choice]) -> dict[str, str]:
 def _base_model(config: FinetuneConfig, problems: list[Problem]) -> tuple[BaseModelSource | None, ModelFacts]:
     try:
         source = resolve_source(config.base_model, config.revision, config.base_dir)
-        return source, model_facts(source)
+        facts = model_facts(source)
+        check_base(source, facts, trust_remote_code=config.trust_remote_code)
+        return source, facts
     except ModelError as error:
         problems.append(_problem("base_model", error))
         return None, ModelFacts(config.base_model, why_unknown="the base model cannot be read")
@@ -186,8 +188,12 @@ def _processor(config: FinetuneConfig, problems: list[Problem]) -> DatasetProces
     if config.dataset is None:
         return None
     try:
-        processor = DatasetProcessor(**config.dataset.given(), base_dir=config.base_dir)
-        processor.detected_format()  # raises for columns that no format has, and for templates without effect
+        given = {key: value for key, value in config.dataset.given().items() if key != "chat_template"}
+        problems += chat_template_problems(config.dataset.chat_template, config.base_dir)
+        processor = DatasetProcessor(**given, base_dir=config.base_dir)
+        processor.check_first_rows()  # and columns that no format has, and templates without effect
+        if config.dataset.chat_template is not None:
+            problems += chat_template_effect(processor.detected_format())
         return processor
     except DataArgumentsError as error:
         problems += [problem.at("dataset") for problem in error.problems]
@@ -205,17 +211,17 @@ def _counted(config: FinetuneConfig, processor: DatasetProcessor | None, problem
 
 
 def _check_training(
-    config: FinetuneConfig, facts: ModelFacts, rows: Rows, device: str, problems: list[Problem]
+    config: FinetuneConfig, facts: ModelFacts, rows: Rows, device: str, steps: int | None, problems: list[Problem]
 ) -> None:
     training = config.training
-    found = length_problems(training, facts) + device_problems(training, device)
+    found = length_problems(training, facts) + device_problems(training, device) + warmup_problems(training, steps)
     found += batch_problems(training, rows.train, rows.evaluation)
     if not rows.evaluates:
         found += evaluation_problems(training)
     problems += [problem.at("training") for problem in found]
 
 
-def _check_scheduler(config: FinetuneConfig, hooks: RunHooks, steps: int | None, problems: list[Problem]) -> None:
+def _check_scheduler(config: FinetuneConfig, hooks: PlanningHooks, steps: int | None, problems: list[Problem]) -> None:
     if steps is None:
         return
     training, scheduler = config.training, config.scheduler()
@@ -228,7 +234,7 @@ def _check_scheduler(config: FinetuneConfig, hooks: RunHooks, steps: int | None,
     problems += [problem.at(f"training.{where}") for problem in found or []]
 
 
-def _check_adapter(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, problems: list[Problem]) -> None:
+def _check_adapter(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, problems: list[Problem]) -> None:
     plugin = cast(Adapter, hooks.plugin("adapter", config.adapter.type))
     quantizer = cast(Quantizer, hooks.plugin("quantizer", quantizer_name(config))) if config.quantization else None
     found = hooks.adapter(config.adapter.type).adapter_check(
@@ -246,11 +252,11 @@ def _check_adapter(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, p
 
 
 def _check_quantizer(
-    config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, device: str, problems: list[Problem]
+    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, device: str, problems: list[Problem]
 ) -> BitPlan | None:
     if config.quantization is None:
         return None
-    bits = uniform_bits(config)
+    bits = uniform_bits(config.quantization)
     found = hooks.quantizer(quantizer_name(config)).quantizer_check(
         config=config.quantization, model=facts, bits=bits, device=device
     )
@@ -258,7 +264,7 @@ def _check_quantizer(
     return bits
 
 
-def _adapter_targets(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts) -> list[str] | None:
+def _adapter_targets(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> list[str] | None:
     if not facts.known:
         return None
     try:
@@ -269,7 +275,7 @@ def _adapter_targets(config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts)
 
 
 def _memory(
-    config: FinetuneConfig, hooks: RunHooks, facts: ModelFacts, bits: BitPlan | None, dtype: str
+    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, bits: BitPlan | None, dtype: str
 ) -> tuple[dict[str, int], int | None]:
     if not facts.known:
         return {}, None
@@ -287,7 +293,7 @@ def _memory(
     quantizer: Cost | None = None
     if config.quantization is not None and bits is not None:
         quantizer = hooks.quantizer(quantizer_name(config)).quantizer_estimate(
-            config=config.quantization, model=facts, bits=bits
+            config=config.quantization, model=facts, bits=bits, dtype=dtype
         )
     return forecast(facts, adapter, quantizer, work), adapter.memory.get("adapter", 0) // 4
 

@@ -125,10 +125,13 @@ def argument_problems(data: Mapping[str, Any]) -> list[Problem]:
     if data.get("bf16") and data.get("fp16"):
         found.append(_together("bf16", "fp16", "autocast has one type"))
     if data.get("max_steps") == 0:
-        found.append(Problem("max_steps", "0 steps train nothing", fix="give a number above 0, or -1"))
+        found.append(
+            Problem("max_steps", "0 steps train nothing", "a run has at least one step", "give a number above 0, or -1")
+        )
     if isinstance(data.get("lr_scheduler"), Mapping) and data.get("lr_scheduler_kwargs"):
         what = "the scheduler's options stand in two places"
-        found.append(Problem("lr_scheduler_kwargs", what, fix="put them in lr_scheduler"))
+        why = "only one of them could count"
+        found.append(Problem("lr_scheduler_kwargs", what, why, "put them in lr_scheduler"))
     found += _optimizer_problems(data.get("optim"))
     found += _tracker_problems(data)
     found += _interval_contradictions(data)
@@ -146,7 +149,8 @@ def _optimizer_problems(name: Any) -> list[Problem]:
     if not isinstance(name, str):
         return []
     if name not in known:
-        return [Problem("optim", f'no optimizer is called "{name}"', fix=did_you_mean(name, known))]
+        why = "the installed transformers has none of that name"
+        return [Problem("optim", f'no optimizer is called "{name}"', why, did_you_mean(name, known))]
     if any(family in name for family in _OWN_GROUPS):
         why = "it makes parameter groups of its own, and the adapter's carry its learning rates and decay"
         return [Problem("optim", f'"{name}" cannot train an adapter', why, "choose another, adamw_torch for one")]
@@ -154,9 +158,16 @@ def _optimizer_problems(name: Any) -> list[Problem]:
         if re.fullmatch(pattern, name):
             if importlib.util.find_spec(module) is None:
                 fix = f"python -m pip install {distribution}, or choose another optimizer"
-                return [Problem("optim", f'"{name}" needs {distribution}, which is not installed', fix=fix)]
+                why = f"{distribution} is not installed"
+                return [Problem("optim", f'"{name}" needs {distribution}', why, fix)]
             break
     return []
+
+
+def tracker_fix(name: str) -> str:
+    """What to do with a tracker that stands where an observer should; "" for what is no tracker."""
+    known = foreign_keys("transformers", "integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
+    return f"{name} is a tracker: write training: {{report_to: {name}}}" if name in known else ""
 
 
 def _tracker_problems(data: Mapping[str, Any]) -> list[Problem]:
@@ -171,19 +182,22 @@ def _tracker_problems(data: Mapping[str, Any]) -> list[Problem]:
         if name == "all":
             continue
         if name not in known:
-            found.append(Problem("report_to", f'no tracker is called "{name}"', fix=did_you_mean(name, known)))
+            why = "the installed transformers has none of that name"
+            found.append(Problem("report_to", f'no tracker is called "{name}"', why, did_you_mean(name, known)))
         elif importlib.util.find_spec(module) is None:
             fix = f"python -m pip install {module}"
-            found.append(Problem("report_to", f'the tracker "{name}" is not installed', fix=fix))
+            why = f"no module {module} is found in this Python environment"
+            found.append(Problem("report_to", f'the tracker "{name}" is not installed', why, fix))
     if data.get("run_name") is not None and not trackers:
-        what = "run_name is for trackers, and report_to names none"
-        found.append(Problem("run_name", what, fix="set report_to, or leave it out"))
+        why = "run_name is for trackers, and report_to names none"
+        found.append(Problem("run_name", "run_name does nothing", why, "set report_to, or leave it out"))
     if not {"trackio", "all"} & set(trackers):
         found += [
-            Problem(key, f"{key} is for Trackio, and report_to does not name it", fix="leave it out, or add trackio")
+            Problem(key, f"{key} does nothing", "it is for Trackio, and report_to does not name it",
+                    "leave it out, or add trackio to report_to")
             for key in _TRACKIOS_OWN
             if data.get(key) is not None
-        ]
+        ]  # fmt: skip
     return found
 
 
@@ -200,15 +214,16 @@ def _interval_contradictions(data: Mapping[str, Any]) -> list[Problem]:
             found.append(Problem(steps, what, "the steps would never be used", "remove one of them"))
     if data.get("eval_strategy") != "no":
         return found
-    for key, what in (
+    for key, why in (
         ("early_stopping_patience", "nothing is evaluated, so nothing can stop early"),
         ("eval_delay", "nothing is evaluated, so there is nothing to delay"),
         ("load_best_model_at_end", "nothing is evaluated, so no model is the best"),
     ):
         if data.get(key):
-            found.append(Problem(key, what, fix="remove eval_strategy: no"))
+            found.append(Problem(key, f"{key} does nothing", why, "remove eval_strategy: no"))
     if data.get("save_strategy") == "best":
-        found.append(Problem("save_strategy", "nothing is evaluated, so no model is the best", fix="choose another"))
+        why = "nothing is evaluated, so no model is the best"
+        found.append(Problem("save_strategy", '"best" would save nothing', why, "choose another"))
     return found
 
 
@@ -217,10 +232,11 @@ def _dead_options(data: Mapping[str, Any]) -> list[Problem]:
     found = []
     if not data.get("dataloader_num_workers"):
         found += [
-            Problem(key, f"{key} is for worker processes, and there are none", fix="set dataloader_num_workers")
+            Problem(key, f"{key} does nothing", "it is for worker processes, and there are none",
+                    "set dataloader_num_workers, or leave it out")
             for key in _NEED_WORKERS
             if data.get(key)
-        ]
+        ]  # fmt: skip
     if not (data.get("gradient_checkpointing") or data.get("activation_checkpointing")):
         found += [
             Problem(key, f"{key} stands alone", "checkpointing is off", f"set {key.removesuffix('_kwargs')}: true")

@@ -47,6 +47,7 @@ class Trainer:
         *,
         output_dir: str | Path | None = None,
         resume: bool = False,
+        lock: str | Path | None = None,
         progress: Progress | None = None,
         **training: Any,
     ) -> Artifact:
@@ -57,6 +58,7 @@ class Trainer:
                 before any call the config's.
             output_dir: where the run goes; the config's, or ./hyperion-output.
             resume: go on from the last complete checkpoint in `output_dir`.
+            lock: a lock file of `hyperion lock`; the run starts only when nothing in it has changed.
             progress: shows long operations; the default draws bars on a terminal.
             **training: any key of `training:` (`num_train_epochs`, `eval_steps`, `push_to_hub`, …), for this call.
 
@@ -81,6 +83,7 @@ class Trainer:
             train=train_dataset,
             evaluation=eval_dataset,
             resume=resume,
+            lock=None if lock is None else Path(lock),
             progress=progress or RichProgress(),
         )
 

@@ -17,8 +17,8 @@ def evaluation_problems(training: TrainingConfig) -> list[Problem]:
         dead.append("eval_strategy")
     if training.save_strategy == "best":
         dead.append("save_strategy")
-    fix = "set dataset.validation_split, or leave it out"
-    return [Problem(key, f"{key} does nothing: there is no evaluation data", fix=fix) for key in dead]
+    why, fix = "there is no evaluation data", "set dataset.validation_split, or leave it out"
+    return [Problem(key, f"{key} does nothing", why, fix) for key in dead]
 
 
 def length_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem]:
@@ -28,6 +28,15 @@ def length_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem
         return []
     what = f"{training.max_length} tokens are more than {facts.source} reads"
     return [Problem("max_length", what, f"its context is {context} tokens", f"max_length: {context}, or leave it out")]
+
+
+def warmup_problems(training: TrainingConfig, steps: int | None) -> list[Problem]:
+    """A warmup that the run never comes out of."""
+    if steps is None or not training.warmup_steps or training.warmup_in_force(steps) < steps:
+        return []
+    what = f"warmup_steps: {training.warmup_steps:g} is the whole run"
+    why = f"the run has {steps} step{'' if steps == 1 else 's'}, so the learning rate would never get to its peak"
+    return [Problem("warmup_steps", what, why, "give fewer, or warmup_ratio: 0.1, or train longer")]
 
 
 def device_problems(training: TrainingConfig, device: str) -> list[Problem]:

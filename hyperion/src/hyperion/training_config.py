@@ -43,6 +43,7 @@ def _share_or_whole(value: float) -> float:
     return value
 
 
+_MOST = 2**31 - 1  # of whatever is counted: more is a slip, and libraries count in 32 bits
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 StepsOrShare = Annotated[PositiveFloat, AfterValidator(_share_or_whole)]
 
@@ -53,11 +54,11 @@ class TrainingConfig(StrictModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    num_train_epochs: PositiveFloat = Field(3.0, description="Passes over the training data.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 leaves it to num_train_epochs.")
-    per_device_train_batch_size: PositiveInt = Field(8, description="Rows in a micro-batch.")
-    per_device_eval_batch_size: PositiveInt = Field(8, description="Rows in a batch of evaluation.")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-batches in an optimizer step.")
+    num_train_epochs: PositiveFloat = Field(3.0, le=1_000_000, description="Passes over the training data.")
+    max_steps: int = Field(-1, ge=-1, le=_MOST, description="Optimizer steps; -1 leaves it to num_train_epochs.")
+    per_device_train_batch_size: PositiveInt = Field(8, le=_MOST, description="Rows in a micro-batch.")
+    per_device_eval_batch_size: PositiveInt = Field(8, le=_MOST, description="Rows in a batch of evaluation.")
+    gradient_accumulation_steps: PositiveInt = Field(1, le=_MOST, description="Micro-batches in an optimizer step.")
     max_length: PositiveInt | None = Field(
         None, description="Tokens of a row that are kept; by default 1024, or what the model reads if that is less."
     )

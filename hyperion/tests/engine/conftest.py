@@ -222,7 +222,7 @@ class TinyRun:
         return {name: parameter.detach().clone() for group in groups for name, parameter in group.parameters}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """The parts above, for tests to build with."""
     return SimpleNamespace(

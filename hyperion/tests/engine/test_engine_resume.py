@@ -13,16 +13,13 @@ from hyperion.engine.checkpoints import latest_checkpoint, remove_remains, rotat
 from hyperion.engine.engine import _LoopEvents
 from hyperion.engine.fit import fit  # noqa: F401  imported here so that its cost is no test's
 
-TIMES = ("seconds", "tokens_per_second", "runtime", "per_second")
-
 
 class Crash(Exception):
     pass
 
 
 def lines_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in lines]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def crash_at(monkeypatch, step):
@@ -134,7 +131,7 @@ def test_a_write_that_is_cut_short_leaves_no_checkpoint(tmp_path):
     with pytest.raises(Crash):
         write(tmp_path, 4, "half", then=Crash())
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert [p.name for p in tmp_path.glob(".*")] == [".checkpoint-4.partial"]
+    (tmp_path / ".checkpoint-4.partial").mkdir()  # what is left where no exception came, but a kill
     remove_remains(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hyperion.data.collate import Collator
 from hyperion.engine.arguments import training_arguments
 from hyperion.engine.engine import Engine
+from hyperion.engine.interruption import Interruption
 from hyperion.engine.loss import supervised_logprobs
 from hyperion.engine.sampler import EpochSampler
 
@@ -37,7 +38,7 @@ def engine_of(run, model, adapter="lowrank", objective="mean", **changes):
         model, training_arguments({**arguments, "save_strategy": "no", **changes}), hooks=run.hooks, ctx=run.ctx,
         adapter=(adapter, run.config), objective=(objective, PluginConfig()),
         scheduler=("linear", PluginConfig()), train=run.train, evaluation=run.evaluation, collator=Collator(0),
-        callbacks=[callback],
+        callbacks=[callback], interruption=Interruption(),
     )  # fmt: skip
     return engine, callback
 

@@ -51,7 +51,8 @@ class IA3Config(AdapterConfig):
         problems += pattern_problems(data)
         targets, inner = data.get("target_modules"), data.get("feedforward_modules")
         if isinstance(targets, list) and not targets:
-            problems.append(Problem("target_modules", "target_modules is empty", fix="name modules, or leave it out"))
+            problems.append(Problem("target_modules", "target_modules is empty", "nothing would be trained",
+                                    "name modules, or leave it out"))  # fmt: skip
         if isinstance(targets, list) and isinstance(inner, list):
             stray = [name for name in inner if name not in targets]
             if stray:

@@ -87,7 +87,12 @@ class LoraConfig(AdapterConfig):
         targets, layers = data.get("target_modules"), data.get("layers_to_transform")
         if isinstance(targets, list) and not targets:
             problems.append(
-                Problem("target_modules", "target_modules is empty", fix='name modules, or write "all-linear"')
+                Problem(
+                    "target_modules",
+                    "target_modules is empty",
+                    "nothing would be trained",
+                    'name modules, or write "all-linear"',
+                )
             )
         if isinstance(targets, str) and layers is not None:
             problems.append(
@@ -97,8 +102,9 @@ class LoraConfig(AdapterConfig):
             )  # fmt: skip
         if data.get("layers_pattern") and layers is None:
             problems.append(
-                Problem("layers_pattern", "layers_pattern alone means nothing", fix="add layers_to_transform")
-            )
+                Problem("layers_pattern", "layers_pattern alone means nothing",
+                        "it says where layers_to_transform counts", "add layers_to_transform")
+            )  # fmt: skip
         if data.get("lora_bias") and data.get("use_dora"):
             problems.append(Problem("lora_bias", "lora_bias does not go with use_dora", "PEFT refuses it", "drop one"))
         return problems

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hyperion_core.errors import Problem
+from hyperion_core.errors import CompatibilityError, Problem
 from hyperion_core.facts import Capabilities, ModelFacts, ModuleFact, Provides, Workload
 
 from hyperion_peft import ALL_LINEAR, PeftAdapter, Selection, Targets, peft_mapping
@@ -91,7 +91,24 @@ class LoraAdapter(PeftAdapter):
                     "use_dora: false, or another quantizer",
                 )
             ]
-        return []
+        return self._rank_problems(config, model)
+
+    def _rank_problems(self, config: LoraConfig, model: ModelFacts) -> list[Problem]:
+        """A rank above that of every module's whole weight: it costs memory and can learn nothing more."""
+        if not model.known:
+            return []
+        modules = [module for module in self._wrapped(config, model) if len(module.shape) == 2]
+        full = max((min(module.shape) for module in modules), default=0)
+        if not modules or any(self._rank(config, module) <= min(module.shape) for module in modules):
+            return []
+        why = f"a change of rank {full} already reaches every weight of the chosen modules of {model.source}"
+        return [Problem("r", f"r: {config.r} is more than any module has", why, f"r: {full} or less; 8 to 64 is usual")]
+
+    def _wrapped(self, config: LoraConfig, model: ModelFacts) -> tuple[ModuleFact, ...]:
+        try:
+            return self.resolve(config, model).modules
+        except CompatibilityError:  # the modules themselves are refused, by the caller
+            return ()
 
     def merge_options(self, layer: Any, name: str, module: str) -> dict[str, Any]:
         if name not in getattr(layer, "r", {}):

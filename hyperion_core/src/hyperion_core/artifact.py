@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
+from .secrets import redacted
 
 MANIFEST = "hyperion.json"
 ADAPTER = "adapter.json"
@@ -118,8 +119,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write whole or not at all: to a sibling, then renamed."""
+    """Write whole or not at all: to a sibling, then renamed. Secrets of the environment are masked."""
     sibling = path.with_name(f".{path.name}.partial")
-    sibling.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sibling.write_text(redacted(json.dumps(content, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
     os.replace(sibling, path)
     return path

@@ -18,6 +18,7 @@ from pydantic_core.core_schema import ErrorType
 from typing_extensions import Self
 
 from .errors import ConfigError, Problem
+from .refusals import UNKNOWN_KEY_WHY, explained, shown
 from .suggest import did_you_mean
 
 _UNKNOWN_KEY = "hyperion_unknown_key"
@@ -32,7 +33,7 @@ class StrictModel(BaseModel):
         ConfigError: on construction, with every problem at once.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False, allow_inf_nan=False)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -53,6 +54,11 @@ class StrictModel(BaseModel):
     def allowed_keys(cls) -> list[str]:
         """Keys that this model takes."""
         return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
+    def meant_by(cls, key: str) -> str:
+        """What to do with a key that this model does not take: a fix line."""
+        return did_you_mean(key, cls.allowed_keys())
 
     @classmethod
     def parse(cls, data: Any, *, source: str = "") -> Self:
@@ -93,8 +99,8 @@ class StrictModel(BaseModel):
     def _in_our_words(cls, line: Any) -> InitErrorDetails:
         kind: Any = line["type"]
         if kind == "extra_forbidden" and len(line["loc"]) == 1:
-            fix = did_you_mean(str(line["loc"][0]), cls.allowed_keys())
-            kind = PydanticCustomError(_UNKNOWN_KEY, "unknown key", {"what": "unknown key", "why": "", "fix": fix})
+            fix = cls.meant_by(str(line["loc"][0]))
+            kind = PydanticCustomError(_UNKNOWN_KEY, "unknown key", {"fix": fix})
         elif kind not in _PYDANTIC_KINDS:  # one of ours, or one that a plugin's own validator raised
             kind = PydanticCustomError(kind, line["msg"], line.get("ctx"))
         details: InitErrorDetails = {"type": kind, "loc": tuple(line["loc"]), "input": line["input"]}
@@ -128,14 +134,13 @@ def problems_of(error: ValidationError) -> list[Problem]:
         path = ".".join(str(part) for part in line["loc"] if not _is_union_branch(part))
         context = line.get("ctx", {})
         if line["type"] == _UNKNOWN_KEY:
-            found.append(Problem(path, f'unknown key "{line["loc"][-1]}"', fix=context["fix"]))
+            found.append(Problem(path, f'unknown key "{line["loc"][-1]}"', UNKNOWN_KEY_WHY, context["fix"]))
         elif line["type"] == _PROBLEM:
             found.append(Problem(path, context["what"], context["why"], context["fix"]))
         elif line["type"] == "missing":
-            found.append(Problem(path, f'"{line["loc"][-1]}" is missing', fix="add it"))
+            found.append(Problem(path, f'"{line["loc"][-1]}" is missing', "it has no default", "add it"))
         else:
-            message = line["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            found.append(Problem(path, f"{_shown(line['input'])} is refused", why=_lower_first(message)))
+            found.append(Problem(path, f"{shown(line['input'])} is refused", *explained(line)))
     return _one_for_each_path(found)
 
 
@@ -151,20 +156,16 @@ def _one_for_each_path(problems: list[Problem]) -> list[Problem]:
     merged: dict[tuple[str, str], Problem] = {}
     for problem in problems:
         key = (problem.path, problem.what)
-        if key in merged and problem.why and problem.why not in merged[key].why:
+        if key in merged:
             old = merged[key]
-            problem = Problem(old.path, old.what, f"{old.why}; or {problem.why}", old.fix)
+            why, fix = _either(old.why, problem.why), _either(old.fix, problem.fix)
+            problem = Problem(old.path, old.what, why, fix)
         merged[key] = problem
     return list(merged.values())
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _either(one: str, other: str) -> str:
+    return one if not other or other in one else f"{one}; or {other}" if one else other
 
 
 class PluginConfig(StrictModel):
@@ -195,7 +196,7 @@ class QuantizationConfig(StrictModel):
     def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:
         shared = set(QuantizationConfig.model_fields)
         return [
-            Problem(key, f'"{key}" means nothing to this method', fix="leave it out")
+            Problem(key, f'"{key}" means nothing to this method', "the quantizer has no such notion", "leave it out")
             for key in data
             if key in shared and key not in cls.understood and data[key] is not None
         ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -54,39 +55,69 @@ class PluginEntry:
 
 
 def installed_plugins(path: list[str] | None = None) -> list[PluginEntry]:
-    """Every entry point of every kind, over all distributions (on `path`, or `sys.path`), in a stable order."""
-    kinds = {kind.group: kind.kind for kind in KINDS} | {EXPORTS_GROUP: "export"}
-    distributions = importlib.metadata.distributions(path=path) if path else importlib.metadata.distributions()
+    """Every entry point of every kind, over all distributions (on `path`, or `sys.path`), in a stable order.
+
+    A distribution whose metadata cannot be read offers nothing, and breaks nothing: `unreadable_distributions`.
+    """
     found: list[PluginEntry] = []
     seen: set[str] = set()
-    for distribution in distributions:
-        text = distribution.read_text("entry_points.txt") or ""
-        if "hyperion." not in text:
-            continue
-        metadata = distribution.metadata
-        if "Name" not in metadata or "Version" not in metadata:  # what an interrupted uninstall leaves behind
-            continue
-        name = metadata["Name"]
-        if canonicalize_name(name) in seen:  # an older copy further down the path, which Python never imports
-            continue
-        seen.add(canonicalize_name(name))
-        requirements = list(_requirements(distribution))
-        for entry_point in distribution.entry_points:
-            if entry_point.group in kinds:
-                found.append(
-                    PluginEntry(
-                        kind=kinds[entry_point.group],
-                        name=entry_point.name,
-                        value=entry_point.value,
-                        distribution=canonicalize_name(name),
-                        version=distribution.version,
-                        origin=_origin(distribution),
-                        contract=_contract(requirements),
-                        missing=tuple(_missing(requirements)),
-                        entry_point=entry_point,
-                    )
-                )
+    for distribution in distributions_on(path):
+        with contextlib.suppress(Exception):
+            found += _entries(distribution, seen)
     return sorted(found, key=lambda entry: (entry.kind, entry.name, entry.distribution))
+
+
+def unreadable_distributions(path: list[str] | None = None) -> list[tuple[str, str]]:
+    """Distributions that may offer plugins and whose metadata cannot be read: where each lies, and why."""
+    found = []
+    for distribution in distributions_on(path):
+        try:
+            list(_entries(distribution, set()))
+        except Exception as error:
+            where = str(getattr(distribution, "_path", "") or distribution.locate_file(""))
+            found.append((where, f"{type(error).__name__}: {error}"))
+    return found
+
+
+def distributions_on(path: list[str] | None = None) -> Iterator[importlib.metadata.Distribution]:
+    """All distributions on `path`, or `sys.path`: one that hides another of its name comes first."""
+    return iter(importlib.metadata.distributions(path=path) if path else importlib.metadata.distributions())
+
+
+def _entries(distribution: importlib.metadata.Distribution, seen: set[str]) -> Iterator[PluginEntry]:
+    kinds = {kind.group: kind.kind for kind in KINDS} | {EXPORTS_GROUP: "export"}
+    if "hyperion." not in (distribution.read_text("entry_points.txt") or ""):
+        return
+    metadata = distribution.metadata
+    if "Name" not in metadata or "Version" not in metadata:  # what an interrupted uninstall leaves behind
+        return
+    name = metadata["Name"]
+    if canonicalize_name(name) in seen:  # an older copy further down the path, which Python never imports
+        return
+    seen.add(canonicalize_name(name))
+    requirements = list(_requirements(distribution))
+    for entry_point in distribution.entry_points:
+        if entry_point.group in kinds:
+            yield PluginEntry(
+                kind=kinds[entry_point.group],
+                name=entry_point.name,
+                value=entry_point.value,
+                distribution=canonicalize_name(name),
+                version=distribution.version,
+                origin=_origin(distribution),
+                contract=_contract(requirements),
+                missing=tuple(_missing(requirements)),
+                entry_point=entry_point,
+            )
+
+
+def requirements_of(name: str) -> list[str]:
+    """Names of what an installed distribution asks for on this machine, extras left out; empty when there is none."""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return sorted({canonicalize_name(requirement.name) for requirement in _requirements(distribution)})
 
 
 def _requirements(distribution: importlib.metadata.Distribution) -> Iterable[Requirement]:
@@ -114,6 +145,9 @@ def _missing(requirements: list[Requirement]) -> Iterable[str]:
             metadata = importlib.metadata.metadata(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             yield str(requirement)
+            continue
+        except UnicodeDecodeError:
+            yield f"{requirement} (one with unreadable metadata is installed)"
             continue
         try:
             version = metadata["Version"] if "Version" in metadata else ""  # noqa: SIM401 - typed without get

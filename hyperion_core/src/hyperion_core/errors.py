@@ -7,6 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
+
+from .secrets import redacted
+
+_MOST_SHOWN = 50
+
+
+def printable(text: str) -> str:
+    """The same text without secrets, and without what a terminal would obey: escapes, control and half characters.
+
+    They come out of configs and data, where they may be an accident or a trick: "\\x1b[2J" is shown, not done.
+    """
+    text = redacted(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +45,25 @@ class Problem:
 
     def __str__(self) -> str:
         head = ": ".join(part for part in (self.source, self.path, self.what) if part)
-        return "\n".join([head, *_details(self.why, self.fix)])
+        return "\n".join([_line(head), *_details(self.why, self.fix)])
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that an examination found. A "problem" makes something fail; with a "warning" all works."""
+
+    level: Literal["problem", "warning"]
+    what: str
+    why: str = ""
+    fix: str = ""
+
+    @classmethod
+    def of(cls, error: HyperionError) -> Finding:
+        """The problem that an error tells of."""
+        return cls("problem", error.what, error.why, error.fix)
+
+    def __str__(self) -> str:
+        return "\n".join([printable(self.what), *_details(self.why, self.fix)])
 
 
 class HyperionError(Exception):
@@ -50,7 +84,7 @@ class HyperionError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return "\n".join([self.what, *_details(self.why, self.fix)])
+        return "\n".join([printable(self.what), *_details(self.why, self.fix)])
 
 
 class ConfigError(HyperionError):
@@ -63,7 +97,9 @@ class ConfigError(HyperionError):
         super().__init__(f"{source} has {count} problem{'' if count == 1 else 's'}")
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.what}:", *(_indent(str(problem)) for problem in self.problems)])
+        shown = [_indent(str(problem)) for problem in self.problems[:_MOST_SHOWN]]
+        more = len(self.problems) - len(shown)
+        return "\n".join([f"{_line(self.what)}:", *shown, *([f"  … and {more} more"] if more else [])])
 
 
 class PluginError(HyperionError):
@@ -115,8 +151,13 @@ class ArtifactError(HyperionError):
 
 
 def _details(why: str, fix: str) -> list[str]:
-    return [_indent(f"{label}: {text}") for label, text in (("why", why), ("fix", fix)) if text]
+    return [_indent(f"{label}: {printable(text)}") for label, text in (("why", why), ("fix", fix)) if text]
+
+
+def _line(text: str) -> str:
+    """One line: what a user named cannot look like a line of ours."""
+    return printable(text).replace("\n", "\\n")
 
 
 def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+    return "\n".join(f"  {line}" for line in text.rstrip("\n").split("\n"))

@@ -179,8 +179,8 @@ class Provides:
 
 @dataclass(frozen=True, slots=True)
 class BitPlan:
-    """Bits and group size of every module: a default, and overrides by module-name pattern (fnmatch; the first
-    that matches wins)."""
+    """Bits and group size of every linear module but the output head: a default, and overrides by module-name pattern
+    (fnmatch; the first that matches wins). Group size 0 is the method's own; 16 bits leave a module as it is."""
 
     bits: int
     group_size: int

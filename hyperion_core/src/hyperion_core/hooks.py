@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
@@ -54,18 +54,24 @@ def check_hooks(plugin: type[Plugin], entry: PluginEntry) -> None:
         PluginHookError: a required hook is missing, a name is misspelt, an argument is unknown or has a default, or
             a hook of another kind is implemented.
     """
+    for error in hook_errors(plugin, entry):
+        raise error
+
+
+def hook_errors(plugin: type[Plugin], entry: PluginEntry) -> Iterator[PluginHookError]:
+    """Everything in which a plugin's hooks do not fit the contract; `check_hooks` raises the first of it."""
     whose = f'the {entry.kind} "{entry.name}" of {entry.whose}'
     hooks = specs.hook_names(plugin.hooks)
     methods = [name for name in dir(plugin) if not name.startswith("_") and callable(getattr(plugin, name))]
     for name in methods:
         own = name.startswith(plugin.prefix)
         if own and name not in hooks:
-            raise PluginHookError(
+            yield PluginHookError(
                 f"{whose} has a hook that the contract does not know: {name}", why="its name is misspelt, or too new",
                 fix=_meant(name, hooks),
             )  # fmt: skip
         if name in ALL_HOOKS and not own and not (issubclass(plugin, Observer) and _is_wrapper(plugin, name)):
-            raise PluginHookError(
+            yield PluginHookError(
                 f"{whose} implements {name}, a hook of another kind",
                 why="only an observer may touch another kind's hook, and only to wrap it",
                 fix="decorate it with @hookimpl(wrapper=True)"
@@ -73,20 +79,23 @@ def check_hooks(plugin: type[Plugin], entry: PluginEntry) -> None:
                 else f"take it out, or rename it if it is no hook; an observer can wrap {name}",
             )
         if name in ALL_HOOKS:
-            _check_arguments(plugin, name, whose)
+            yield from _argument_errors(plugin, name, whose)
     strangers = [name for name in methods if name not in ALL_HOOKS and not hasattr(plugin.__mro__[-2], name)]
+    explained: set[str | None] = set()
     for name in plugin.required():
         if name not in methods:
             near = closest(name, strangers)
-            raise PluginHookError(
+            explained.add(near)
+            yield PluginHookError(
                 f"{whose} lacks the hook {name}",
                 why=f"every {plugin.kind} that declares what it declares must have it",
                 fix=f"rename {near} to {name}" if near else f"add a method {name}{_signature(name)}",
             )
     for name in strangers:
         near = closest(name, hooks)
-        if near and near not in methods and _alike(name, near):
-            raise PluginHookError(
+        own = name.startswith(plugin.prefix)  # named above
+        if near and not own and name not in explained and near not in methods and _alike(name, near):
+            yield PluginHookError(
                 f"{whose} has a method {name} that looks like the misspelt hook {near}",
                 why="it would never be called",
                 fix=f"rename it to {near}, or to something less alike",
@@ -260,17 +269,17 @@ def _is_wrapper(plugin: type[Plugin], name: str) -> bool:
     return isinstance(mark, dict) and bool(mark.get("wrapper"))
 
 
-def _check_arguments(plugin: type[Plugin], name: str, whose: str) -> None:
+def _argument_errors(plugin: type[Plugin], name: str, whose: str) -> Iterator[PluginHookError]:
     known = _parameters(name)
     for argument in list(inspect.signature(getattr(plugin, name)).parameters.values())[1:]:
         if argument.name not in known:
-            raise PluginHookError(
+            yield PluginHookError(
                 f"{whose} takes an argument that {name} does not have: {argument.name}",
                 why=f"the contract gives {', '.join(known)}",
                 fix=_meant(argument.name, known),
             )
-        if argument.default is not argument.empty or argument.kind is not argument.POSITIONAL_OR_KEYWORD:
-            raise PluginHookError(
+        elif argument.default is not argument.empty or argument.kind is not argument.POSITIONAL_OR_KEYWORD:
+            yield PluginHookError(
                 f"{whose} takes the argument {argument.name} of {name} with a default, or by keyword alone",
                 why="not every version of pluggy gives such an argument its value",
                 fix=f"give it no default, and no * before it: {argument.name}",

@@ -26,12 +26,8 @@ def live_model_facts(model: Module, *, unwrap: Callable[[Any], Any] = lambda mod
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     modules = list(_owners(model, "", unwrap))
     embeddings = {id(module.weight) for name, module in modules if _kind(module) == "embedding"}
-    tied = any(is_output_head(name) and id(module.weight) in embeddings for name, module in modules)
-    facts = tuple(
-        _fact(name, module)
-        for name, module in modules
-        if not (tied and is_output_head(name) and id(module.weight) in embeddings)
-    )
+    shared = {name for name, module in modules if is_output_head(name) and id(_weight(module)) in embeddings}
+    facts = tuple(_fact(name, module) for name, module in modules if name not in shared)
     return ModelFacts(
         source=str(getattr(config, "_name_or_path", "") or type(model).__name__),
         model_type=getattr(text, "model_type", "") or "",
@@ -40,18 +36,23 @@ def live_model_facts(model: Module, *, unwrap: Callable[[Any], Any] = lambda mod
         layers=getattr(text, "num_hidden_layers", 0) or 0,
         vocab_size=getattr(text, "vocab_size", 0) or 0,
         context_length=getattr(text, "max_position_embeddings", 0) or 0,
-        tied_embeddings=tied,
+        tied_embeddings=bool(shared),
         why_unknown="" if facts else "the model has no modules with weights",
     )
 
 
 def _owners(module: Any, prefix: str, unwrap: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every module with a weight of its own, in the order of the model."""
+    """(name, module) of every module with a weight of its own, in the order of the model: a quantized linear module is
+    one too, whatever it calls the tensors that hold its weight."""
     for name, child in module.named_children():
         full, own = f"{prefix}{name}", unwrap(child)
-        if getattr(own, "weight", None) is not None:
+        if _weight(own) is not None or _linear_shape(own):
             yield full, own
         yield from _owners(own, f"{full}.", unwrap)
+
+
+def _weight(module: Any) -> Any:
+    return getattr(module, "weight", None)
 
 
 def _kind(module: Any) -> Literal["linear", "embedding", "norm", "other"]:

@@ -24,7 +24,7 @@ from .errors import (
     PluginRequirementError,
 )
 from .hooks import check_hooks
-from .kinds import Plugin, kind_named, with_article
+from .kinds import KINDS, Plugin, kind_named, with_article
 from .suggest import closest
 
 FRAMEWORK = "hyperion-ft"
@@ -59,6 +59,27 @@ class Registry:
         """What is there, broken or not."""
         return [entry for entry in self._entries if kind is None or entry.kind == kind]
 
+    def named(self, name: str, kind: str | None = None) -> list[PluginEntry]:
+        """Every plugin called `name` ("lora", or "acme-lora:lora"): of several kinds or owners, broken or not.
+
+        Raises:
+            PluginNotFoundError: there is none.
+        """
+        kinds = [kind] if kind else [each.kind for each in KINDS]
+        found = [entry for each in kinds for entry in self._same_name(each, name)]
+        if found:
+            return found
+        if kind:
+            raise self._not_found(kind, name)
+        names = sorted(
+            {entry.qualified if ":" in name else entry.name for entry in self._entries if entry.kind in kinds}
+        )
+        raise PluginNotFoundError(
+            f'no installed distribution has a plugin called "{name}"',
+            why=f"installed: {', '.join(names)}" if names else "no plugin is installed at all",
+            fix=f'did you mean "{near}"?' if (near := closest(name, names)) else "see `hyperion plugins list`",
+        )
+
     def find(self, kind: str, name: str) -> PluginEntry:
         """The one entry that `name` ("lora", or "acme-lora:lora") means, checked by its metadata alone.
 
@@ -75,6 +96,16 @@ class Registry:
         Raises:
             PluginError: as `find`, and PluginLoadError or PluginHookError.
         """
+        plugin = self.load_unchecked(kind, name)
+        check_hooks(plugin, self.find(kind, name))
+        return plugin
+
+    def load_unchecked(self, kind: str, name: str) -> type[Plugin]:
+        """As `load`, but whether its hooks fit is left to the caller: to tell everything that is wrong with a plugin.
+
+        Raises:
+            PluginError: as `find`, and PluginLoadError.
+        """
         entry = self.find(kind, name)
         plugin = self._import(entry)
         base = kind_named(kind)
@@ -85,7 +116,6 @@ class Registry:
                 why=f"an entry point of {base.group} must be a class derived from hyperion_core.kinds.{base.__name__}",
                 fix=f"tell the authors of {entry.distribution}",
             )
-        check_hooks(plugin, entry)
         return plugin
 
     def create(self, kind: str, name: str) -> Plugin:
@@ -194,7 +224,7 @@ class Registry:
                 self._loaded[entry] = _OneDriver(entry).driver
             except PluginError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a plugin that exits at import must not end the command unheard
                 raise _load_error(entry, error) from error
         return self._loaded[entry]
 
@@ -218,7 +248,7 @@ def _reraise(manager: Any, entry_point: importlib.metadata.EntryPoint, error: Ba
     raise error
 
 
-def _load_error(entry: PluginEntry, error: Exception) -> PluginError:
+def _load_error(entry: PluginEntry, error: BaseException) -> PluginError:
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     own = entry.value.partition(":")[0].partition(".")[0]
     if missing and missing.partition(".")[0] != own:

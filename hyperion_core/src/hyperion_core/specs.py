@@ -16,7 +16,7 @@ a name says otherwise. `ctx` is a `hyperion_core.context.RunContext`; other type
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,15 +162,19 @@ class QuantizerSpecs:
         """Torch-free. What stands against these bits on this base and device ("cuda", "mps", "cpu")."""
 
     @driver
-    def quantizer_estimate(self, config: QuantizationConfig, model: ModelFacts, bits: BitPlan) -> Cost:
-        """★ Torch-free. "weights" resident and `disk`, in bytes, scales and zeros counted."""
+    def quantizer_estimate(self, config: QuantizationConfig, model: ModelFacts, bits: BitPlan, dtype: str) -> Cost:
+        """★ Torch-free. "weights" resident and `disk` of the whole model, in bytes, scales and zeros counted. What
+        stays as it is (embeddings, norms, the head) is held in `dtype`, a Workload's."""
 
     @driver
     def quantizer_prepare(
         self, source: Path, config: QuantizationConfig, bits: BitPlan,
         calibration: Iterable[Mapping[str, Tensor]] | None, folder: Path, ctx: RunContext,
     ) -> Path | None:  # fmt: skip
-        """Quantize offline into `folder`; gives what to load. None: this one quantizes while loading."""
+        """Quantize offline into `folder`, which is empty; gives what to load. None: this one quantizes while loading,
+        or `source` is quantized already.
+
+        calibration: tokenized rows, `input_ids` and `attention_mask`, int64 (B, T); None where the run has none."""
 
     @driver
     def quantizer_load_kwargs(
@@ -317,7 +321,7 @@ class DeploySpecs:
 
     @driver
     def deploy_check(self, config: PluginConfig, package: PackageFacts) -> list[Problem]:
-        """Torch-free, no network."""
+        """Torch-free, no network. What stands against sending this package; paths are relative to the config."""
 
     @driver
     def deploy_optimize(
@@ -327,17 +331,21 @@ class DeploySpecs:
 
     @driver
     def deploy_render(self, config: PluginConfig, package: PackageFacts) -> Mapping[str, bytes | FileRef]:
-        """★ Pure: every file that will be sent, by path; large ones by reference."""
+        """★ Pure: every file that will be sent, by relative path; those of the package by reference. No secret and
+        no path of this machine is among it: the same package gives the same bytes, wherever it lies."""
 
     @driver
     def deploy_apply(
-        self, config: PluginConfig, rendered: Mapping[str, bytes | FileRef], state: Mapping[str, Any], ctx: RunContext
-    ) -> Deployment:
-        """★ Send. `state` is what an interrupted earlier call left, so that it resumes."""
+        self, config: PluginConfig, rendered: Mapping[str, bytes | FileRef], state: MutableMapping[str, Any],
+        ctx: RunContext,
+    ) -> Deployment:  # fmt: skip
+        """★ Send; after an interruption, go on. `state` is empty at first; what is assigned to its keys, plain JSON
+        data, is kept at once and given again when the same files are sent again."""
 
     @driver
     def deploy_status(self, config: PluginConfig, id: str) -> Deployment:
-        """★ How it is doing."""
+        """★ How it is doing: "running" means that all of it is there. "deleted" is what is not there, whether it ever
+        was or not; what cannot be an id of this target may be a HyperionError."""
 
     @driver
     def deploy_delete(self, config: PluginConfig, id: str) -> None:

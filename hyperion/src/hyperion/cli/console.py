@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hyperion_core.errors import HyperionError
+from hyperion_core.errors import HyperionError, printable
 from hyperion_core.plan import Plan
 from rich.console import Console
 from rich.table import Table
@@ -40,8 +40,10 @@ def show_plan(plan: Plan) -> None:
     table.add_column(style="bold cyan")
     table.add_column(overflow="fold")
     for label, text in plan.rows():
-        table.add_row(label, Text(text, style="bold yellow" if "ON:" in text else ""))
+        table.add_row(label, Text(printable(text), style="bold yellow" if "ON:" in text else ""))
     console = out()
     console.print(table)
     for check in plan.checks:
-        console.print(Text(f"{check.state}: ", style=_COLOURS[check.state]) + Text(f"{check.what}: {check.detail}"))
+        console.print(
+            Text(f"{check.state}: ", style=_COLOURS[check.state]) + Text(printable(f"{check.what}: {check.detail}"))
+        )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 from hyperion_core.errors import HyperionError
+from hyperion_core.secrets import RedactedStream
 
-from . import plugins, schema, train, validate
+from . import lock, plugins, schema, train, validate
+from .usage import ClickError, explained
 
 app = typer.Typer(
     name="hyperion",
@@ -20,6 +23,7 @@ app = typer.Typer(
 )
 app.command("validate")(validate.validate)
 app.command("train")(train.train)
+app.command("lock")(lock.lock)
 app.command("schema")(schema.schema)
 app.add_typer(plugins.app, name="plugins")
 
@@ -44,15 +48,30 @@ def options(
 
 def run() -> None:
     """Run the command line: exit code 0, 2 for an error that says what to do; typer makes it 130 for Ctrl-C."""
+    # Whatever prints, a library's bar or our own traceback: no secret of the environment is shown.
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     # Forked tokenizing workers and tokenizers' own threads do not mix; the library would warn about it at length.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # pydantic's plugins: to look for them it reads all that is installed, and one malformed distribution would end it.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
-        app()
+        sys.exit(app(prog_name="hyperion", standalone_mode=False))
     except HyperionError as error:
-        from .console import show_error
+        _stop(error)
+    except ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help was printed
+            error.show()
+            sys.exit(error.exit_code)
+        _stop(explained(error))
+    except typer.Abort:  # standard input ended where a command asked
+        sys.exit(1)
 
-        show_error(error)
-        sys.exit(error.exit_code)
+
+def _stop(error: HyperionError) -> NoReturn:
+    from .console import show_error
+
+    show_error(error)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

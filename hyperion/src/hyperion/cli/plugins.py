@@ -6,7 +6,10 @@ import json
 
 import typer
 
+from . import plugins_doctor, plugins_info, plugins_new
+
 app = typer.Typer(help="What is installed, and whose it is.", no_args_is_help=True)
+app.command("new")(plugins_new.new)
 
 
 @app.command("list")
@@ -18,9 +21,10 @@ def list_plugins(
     from hyperion_core.kinds import KINDS
     from hyperion_core.registry import registry
 
+    from .usage import known_kind
+
+    known_kind("hyperion plugins list", kind)
     kinds = [each.kind for each in KINDS]
-    if kind is not None and kind not in kinds:
-        raise typer.BadParameter(f"{kind!r} is no kind of plugin; there are: {', '.join(kinds)}", param_hint="--kind")
     found = registry()
     rows = [
         {
@@ -38,14 +42,19 @@ def list_plugins(
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich.table import Table
+    from rich.text import Text
 
     from .console import out
 
     table = Table("kind", "name", "distribution", "version", "origin", "state", box=None, pad_edge=False)
     for row in rows:
         colour = "green" if row["state"] == "ok" else "red"
-        table.add_row(*list(row.values())[:-1], f"[{colour}]{row['state']}[/{colour}]")
+        table.add_row(*map(Text, list(row.values())[:-1]), Text(row["state"], style=colour))
     out().print(table)
+
+
+app.command("info")(plugins_info.info)
+app.command("doctor")(plugins_doctor.doctor)
 
 
 @app.callback()

@@ -9,6 +9,8 @@ import typer
 
 def validate(config: Path = typer.Argument(help="YAML or JSON file of the run.")) -> None:
     """Check a config and print the plan of its run; loads no model."""
+    from rich.text import Text
+
     from hyperion.config import FinetuneConfig
     from hyperion.planning import make_plan
 
@@ -16,4 +18,4 @@ def validate(config: Path = typer.Argument(help="YAML or JSON file of the run.")
 
     planned = make_plan(FinetuneConfig.from_file(config))
     show_plan(planned.plan)
-    out().print(f"[green]{config} is valid.[/green] Run it: hyperion train {config}")
+    out().print(Text(f"{config} is valid.", style="green") + Text(f" Run it: hyperion train {config}"))

@@ -73,11 +73,13 @@ def _format_problems(arguments: Mapping[str, Any]) -> list[Problem]:
     format, system = arguments["format"], arguments["system"]
     problems = []
     if format not in FORMATS:
-        problems.append(Problem("format", f"{format!r} is no row format", fix=did_you_mean(str(format), FORMATS)))
+        problems.append(Problem("format", f"{format!r} is no row format", "a format says what a row becomes",
+                                did_you_mean(str(format), FORMATS)))  # fmt: skip
     elif format != "auto":
         problems += effect_problems(arguments, format)
     if system is not None and (not isinstance(system, str) or not system.strip()):
-        problems.append(Problem("system", f"must be a text, and not blank: {system!r}"))
+        problems.append(Problem("system", f"must be a text, and not blank: {system!r}",
+                                "it is what the model is told first", "take `system` out"))  # fmt: skip
     return problems
 
 
@@ -85,16 +87,19 @@ def _column_problems(columns: Any) -> list[Problem]:
     if columns is None:
         return []
     if not isinstance(columns, Mapping) or not all(isinstance(c, str) and c for c in columns.values()):
-        return [Problem("columns", "must map field names to column names", fix="for example {instruction: question}")]
+        return [Problem("columns", "must map field names to column names", "it says where each field of a row is found",
+                        "for example {instruction: question}")]  # fmt: skip
     problems = [
-        Problem(f"columns.{field}", "is no field of a row", fix=did_you_mean(str(field), FIELDS))
+        Problem(f"columns.{field}", "is no field of a row", "`columns` maps our field names to the data's column names",
+                did_you_mean(str(field), FIELDS))
         for field in columns
         if field not in FIELDS
-    ]
+    ]  # fmt: skip
     names = list(columns.values())
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        problems.append(Problem("columns", f"names the column {', '.join(twice)} for more than one field"))
+        problems.append(Problem("columns", f"names the column {', '.join(twice)} for more than one field",
+                                "prompt and answer would be the same text", "name another column"))  # fmt: skip
     return problems
 
 
@@ -103,15 +108,18 @@ def _amount_problems(arguments: Mapping[str, Any]) -> list[Problem]:
     problems = []
     limit_is_good = limit is None or (_is_int(limit) and limit >= 1)
     if not limit_is_good:
-        problems.append(Problem("sample_limit", f"must be a whole number from 1 on: {limit!r}", fix="null takes all"))
+        problems.append(Problem("sample_limit", f"must be a whole number from 1 on: {limit!r}",
+                                "it is how many rows are kept", "leave it out to take all"))  # fmt: skip
     if _is_int(held_out):
         if held_out < 0:
-            problems.append(Problem("validation_split", f"cannot be negative: {held_out}"))
+            problems.append(Problem("validation_split", f"cannot be negative: {held_out}",
+                                    "it is how many rows are held out", "0 holds out none"))  # fmt: skip
         elif limit is not None and limit_is_good and held_out >= limit:
             problems.append(
                 Problem(
                     "validation_split",
                     f"holds out {held_out} rows of the {limit} that `sample_limit` leaves",
+                    why="no row would be left to train on",
                     fix="raise `sample_limit`, or lower `validation_split`",
                 )
             )
@@ -120,11 +128,13 @@ def _amount_problems(arguments: Mapping[str, Any]) -> list[Problem]:
             Problem(
                 "validation_split",
                 f"must be a fraction from 0 to below 1, or a whole number of rows: {held_out!r}",
+                why="it is the share, or the number, of the rows that are held out",
                 fix="for example 0.05",
             )
         )
     if not _is_int(seed) or not 0 <= seed < 2**32:
-        problems.append(Problem("seed", f"must be a whole number from 0 to 4294967295: {seed!r}"))
+        problems.append(Problem("seed", f"must be a whole number from 0 to 4294967295: {seed!r}",
+                                "NumPy's generator takes 32 bits", "for example 42"))  # fmt: skip
     return problems
 
 

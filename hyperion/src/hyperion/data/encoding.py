@@ -156,10 +156,16 @@ class Encoder:
         return list(done["input_ids"]), [bool(learnt) for learnt in done["assistant_masks"]]
 
     def _apply(self, messages: Listing[Mapping[str, Any]], **options: Any) -> Any:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             return self.tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+        except TemplateSyntaxError as error:
+            raise DataError(
+                "the tokenizer's chat template is not valid Jinja",
+                why=f"line {error.lineno}: {error.message}",
+                fix="copy the model again, or give another `chat_template`",
+            ) from error
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise _RefusedByTemplate(str(error)) from error
 

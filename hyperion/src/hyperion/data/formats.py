@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyperion_core.errors import DataError
-from hyperion_core.suggest import did_you_mean
+from hyperion_core.suggest import closest, did_you_mean
 
 from .templates import InstructionTemplates
 
@@ -74,6 +74,10 @@ def detect_layout(found: Iterable[str], label: str, *, format: str = "auto", col
         DataError: the columns fit no format, or several, or `columns` names one that is not there.
     """
     names = list(found)
+    if not names:
+        raise DataError(
+            f"{label} has no rows", why="it is empty, or no row in it has a column", fix="give a file that holds rows"
+        )
     absent = {field: column for field, column in columns.items() if column not in names}
     if absent:
         raise DataError(
@@ -115,13 +119,25 @@ def _no_single_shape(shapes: list[str], names: list[str], label: str, format: st
     wanted = [s for s in _REQUIRED if format in ("auto", _format_of(s)) or (format == "chat" and s != "text")]
     needs = "; ".join(f"{_format_of(s)}: {' + '.join(_REQUIRED[s])}" for s in wanted)
     what = "has no columns that can be trained on" if format == "auto" else f'does not fit format "{format}"'
-    field = _REQUIRED[wanted[0]] if format != "auto" else _REQUIRED["instruction"]
-    example = ", ".join(f"{f}: {c}" for f, c in zip(field, names[-len(field) :], strict=False))
     return DataError(
         f"{label} {what}",
         why=f"found the columns {_listed(names)}; understood are {needs}",
-        fix=f"say which column is which with `columns`, for example columns: {{{example}}}",
+        fix=_columns_fix(wanted, names, format),
     )
+
+
+def _columns_fix(wanted: list[str], names: list[str], format: str) -> str:
+    """How to name the columns: those that are only misspelt where that makes a row, else an example."""
+    separator = next((each for each in (";", "\t", "|") if each in names[0]), None) if len(names) == 1 else None
+    if separator:
+        return f"the cells are separated by {separator!r}, it seems: separate them by commas"
+    for shape in wanted:
+        meant = {field: field if field in names else closest(field, names) for field in _REQUIRED[shape]}
+        if all(meant.values()) and len(set(meant.values())) == len(meant):
+            return f"are they misspelt? If not: columns: {{{', '.join(f'{f}: {c}' for f, c in meant.items())}}}"
+    fields = _REQUIRED[wanted[0]] if format != "auto" else _REQUIRED["instruction"]
+    example = ", ".join(f"{f}: {c}" for f, c in zip(fields, names[-len(fields) :], strict=False))
+    return f"say which column is which with `columns`, for example columns: {{{example}}}"
 
 
 def _format_of(shape: str) -> str:
@@ -190,6 +206,19 @@ def _text(value: Any, name: str) -> str:
         raise BadRow(f"{name} is not a text but {_kind(value)}", f"write {name} as a text")
     if not value.strip():
         raise BadRow(f"{name} is empty", "fill it in, or take the row out")
+    return _encodable(value, name)
+
+
+def _encodable(value: str, name: str) -> str:
+    """The same text, refused when it holds half of a surrogate pair: no tokenizer takes that, and no file."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise BadRow(
+            f"{name} holds {half!r}, one half of a character, at position {error.start}",
+            "cut texts between characters; an emoji is two halves in UTF-16",
+        ) from error
     return value
 
 
@@ -230,7 +259,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     content = message.get(content_key)
     # A blank system prompt or tool result is a fact of the conversation; a blank turn is a hole in the data.
     if role in ("system", "tool") and isinstance(content, str):
-        return {"role": role, "content": content}
+        return {"role": role, "content": _encodable(content, f"{where}.{content_key}")}
     return {"role": role, "content": _text(content, f"{where}.{content_key}")}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hyperion_core.errors import DataError, Problem
 
 from .arguments import DataArgumentsError, argument_problems, effect_problems
+from .cached import drop_damaged_rows
 from .formats import BadRow, Layout, detect_layout, row_converter
 from .resolution import find_source
 from .sources import OpenSource, Source
@@ -118,6 +119,23 @@ class DatasetProcessor:
         found = self._source.columns()
         return None if found is None else self._layout(found).format
 
+    def check_first_rows(self) -> None:
+        """Prepares the first rows of local text files and lists, without importing datasets, so that a fault that
+        most rows share is found before a run.
+
+        Raises:
+            DataError: as `prepare`, for those rows.
+        """
+        found = self._source.columns()
+        if found is None:
+            return
+        convert = row_converter(self._layout(found), self._templates, self._arguments["system"])
+        count = self.row_count() if self._arguments["sample_limit"] is not None else None
+        wanted = self._sample(count)
+        rows = (row for number, row in enumerate(self._source.first_rows()) if wanted is None or wanted[number])
+        for _ in _good_rows(rows, convert, self._source.label, lambda done: None):
+            pass
+
     def prepare(self, progress: Progress | None = None) -> tuple[Dataset, Dataset | None]:
         """Training and evaluation rows; the second is None when `validation_split` is 0.
 
@@ -210,11 +228,11 @@ class DatasetProcessor:
             rows = _good_rows(located, convert, self._source.label, advance)
             if self._source.kind == "rows":  # they are in memory anyway
                 return datasets.Dataset.from_list(list(rows), features=schema)
+            fingerprint = self._fingerprint(source, layout)
             try:
-                return datasets.Dataset.from_generator(
-                    lambda: rows, features=schema, fingerprint=self._fingerprint(source, layout)
-                )
-            except datasets.exceptions.DatasetGenerationError as error:
+                drop_damaged_rows(fingerprint)
+                return datasets.Dataset.from_generator(lambda: rows, features=schema, fingerprint=fingerprint)
+            except (datasets.exceptions.DatasetGenerationError, OSError) as error:
                 raise _cause(error, self._source.label) from error
 
     def _fingerprint(self, source: OpenSource, layout: Layout) -> str:
@@ -263,7 +281,7 @@ def _good_rows(
             fix="; ".join(dict.fromkeys(error.fix for _, error in bad)),
         ) from bad[0][1]
     if empty:
-        raise DataError(f"{label} has no rows")
+        raise DataError(f"{label} has no rows", why="there is nothing in it", fix="give data that holds rows")
 
 
 @contextmanager
@@ -295,5 +313,5 @@ def _cause(error: BaseException, label: str) -> DataError:
     return DataError(
         f"the prepared rows of {label} cannot be written to datasets' cache",
         why=f"{type(deepest).__name__}: {deepest}",
-        fix="check the free disk space, or set HF_DATASETS_CACHE to a folder that has some",
+        fix="free some space, or set HF_DATASETS_CACHE to a folder that can be written, on a disk with room",
     )

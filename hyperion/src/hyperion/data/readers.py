@@ -20,6 +20,17 @@ from hyperion_core.errors import DataError
 LARGEST_COUNTED_JSON = 256 * 2**20
 
 _READ_BLOCK = 2**20
+# What a file begins with that is no UTF-8 text, whatever it is called.
+_OTHER_KINDS = {
+    b"\x1f\x8b": ("it is compressed with gzip", "unpack it: gzip -d"),
+    b"\x28\xb5\x2f\xfd": ("it is compressed with zstd", "unpack it: zstd -d"),
+    b"PK\x03\x04": ("it is a zip archive, or a spreadsheet", "unpack it, or save it as CSV"),
+    b"PAR1": ("it is a parquet file", "let its name end in .parquet"),
+    b"\xff\xfe": ("it is UTF-16 text", "save the file as UTF-8"),
+    b"\xfe\xff": ("it is UTF-16 text", "save the file as UTF-8"),
+}
+_JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+_LOOKED_AT = 8192  # bytes at the start of a file that are looked through for zero bytes, as git does
 
 
 def read_rows(path: Path, label: str, wanted: Any = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -48,12 +59,7 @@ def count_rows(path: Path, label: str) -> int | None:
     """Rows of one file, without decoding them where that is possible; None when only a long parse would tell."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            return int(parquet.read_metadata(path).num_rows)
-        except (ArrowException, OSError) as error:
-            raise DataError(f"{label} is not a readable parquet file", why=str(error)) from error
+        return int(_parquet_metadata(path, label).num_rows)
     if suffix == ".csv":
         return sum(1 for _ in read_rows(path, label))
     with _opened(path, label) as file:
@@ -62,16 +68,65 @@ def count_rows(path: Path, label: str) -> int | None:
         return sum(1 for line in file if not line.isspace())
 
 
+def parquet_columns(path: Path, label: str) -> tuple[str, ...]:
+    """Column names of a parquet file, without datasets.
+
+    Raises:
+        DataError: it is no whole parquet file.
+    """
+    return tuple(_parquet_metadata(path, label).schema.to_arrow_schema().names)
+
+
+def _parquet_metadata(path: Path, label: str) -> Any:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_metadata(path)
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{label} is not a readable parquet file", why=str(error), fix="copy or write it again"
+        ) from error
+
+
 @contextmanager
 def _opened(path: Path, label: str) -> Iterator[IO[str]]:
     """The file as text. Only csv needs its line ends untouched: a quoted cell may hold some."""
     try:
+        _refuse_other_kinds(path, label)
         with path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else "\n") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise DataError(f"{label} is not UTF-8 text", why=str(error), fix="save the file as UTF-8") from error
+        raise DataError(f"{label} is not UTF-8 text", why=_not_utf8(path) or str(error),
+                        fix="save the file as UTF-8") from error  # fmt: skip
     except OSError as error:
-        raise DataError(f"{label} cannot be read", why=str(error), fix="check the path and its permissions") from error
+        raise DataError(f"{label} cannot be read", why=error.strerror or str(error),
+                        fix="check the path and its permissions") from error  # fmt: skip
+
+
+def _refuse_other_kinds(path: Path, label: str) -> None:
+    with path.open("rb") as file:
+        start = file.read(_LOOKED_AT)
+    found = next((kind for magic, kind in _OTHER_KINDS.items() if start.startswith(magic)), None)
+    if found is None and b"\0" in start:
+        found = (
+            f"byte {start.index(0)} is zero, which no text holds: it is binary, or UTF-16",
+            "save it as UTF-8 text",
+        )
+    if found:
+        raise DataError(f"{label} is not UTF-8 text", why=found[0], fix=found[1])
+
+
+def _not_utf8(path: Path) -> str:
+    """Where the file stops being UTF-8, and what stands there."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                before = line[: error.start].decode("utf-8")[-20:]
+                byte = f"0x{line[error.start]:02x}"
+                return f"line {number} holds the byte {byte} behind {before!r}: Latin-1 or Windows-1252?"
+    return ""
 
 
 def _starts_with_bracket(file: IO[str]) -> bool:
@@ -99,10 +154,12 @@ def _json_lines(file: IO[str], label: str, wanted: Any) -> Iterator[tuple[str, M
         place = f"{label}:{number}"
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if number == 1:
+                _refuse_one_object(file, label)
             raise DataError(
                 f"{place} is not JSON",
-                why=str(error),
+                why=_why_no_json(error),
                 fix="write one JSON object a line, or one list of objects for the whole file",
             ) from error
         yield place, _object(value, place)
@@ -118,12 +175,36 @@ def _array_rows(file: IO[str], label: str, wanted: Any) -> Iterator[tuple[str, M
 def _load_array(file: IO[str], label: str) -> list[Any]:
     try:
         rows = json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{label}:{error.lineno} is not JSON", why=str(error), fix="mend the JSON at that line"
-        ) from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{label}{line} is not JSON", why=_why_no_json(error), fix="mend the JSON there") from error
     assert isinstance(rows, list)  # it starts with a bracket
     return rows
+
+
+def _refuse_one_object(file: IO[str], label: str) -> None:
+    """Of a file whose first line is not JSON: says so when the whole file is, as one object over many lines."""
+    file.seek(0)
+    try:
+        whole = json.load(file)
+    except (ValueError, RecursionError):
+        return
+    lists = [key for key, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    raise DataError(
+        f"{label} is one JSON value over several lines, not rows",
+        why=f'it is an object with a list under "{lists[0]}"' if lists else "rows are objects, one a line, or a list",
+        fix=f'write the list under "{lists[0]}" alone' if lists else "put the rows into a list: [{…}, {…}]",
+    )
+
+
+def _why_no_json(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return "a number in it has thousands of digits"  # the only other ValueError of json
 
 
 def _object(value: Any, place: str) -> Mapping[str, Any]:
@@ -131,7 +212,7 @@ def _object(value: Any, place: str) -> Mapping[str, Any]:
         return value
     raise DataError(
         f"{place} is not a JSON object",
-        why=f"it is {type(value).__name__}",
+        why=f"it is {_JSON_KINDS.get(type(value), 'null')}",
         fix='write each row as an object, for example {"prompt": "…", "completion": "…"}',
     )
 
@@ -141,6 +222,12 @@ def _csv_rows(file: IO[str], label: str, wanted: Any) -> Iterator[tuple[str, Map
     reader = csv.reader(file, strict=True)
     try:
         header = next(reader, [])
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise DataError(
+                f"{label}:1 names the column {', '.join(map(repr, twice))} more than once",
+                why="only one of them could be read",
+                fix="give every column a name of its own",
+            )
         row = 0
         for cells in reader:
             if not cells:

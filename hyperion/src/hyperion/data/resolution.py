@@ -43,6 +43,7 @@ def find_source(
             return TableSource(dataset)
         raise DataError(
             f"the dataset is a {type(dataset).__name__}, and one datasets.Dataset is needed",
+            why="it holds several splits, or has no length",
             fix='pass one split, for example dataset["train"]',
         )
     if isinstance(dataset, Sequence) and not isinstance(dataset, (bytes, bytearray)):
@@ -51,10 +52,12 @@ def find_source(
             return RowSource(dataset)
         raise DataError(
             f"row {wrong} of the list is {type(dataset[wrong]).__name__}, not a mapping",
+            why="a row has names for its texts",
             fix='write rows as mappings, for example {"prompt": "…", "completion": "…"}',
         )
     raise DataError(
         f"a dataset cannot be {type(dataset).__name__}",
+        why="it is read from files, from the hub, or row by row",
         fix="give a hub id, a path, package://<package>/<file>, a datasets.Dataset, or a list of mappings",
     )
 
@@ -62,8 +65,19 @@ def find_source(
 def _find_named(given: str, base: Path, split: str, name: str | None, revision: str | None) -> Source:
     if given.startswith(_PACKAGE):
         return _find_local(given, package_path(given), split)
-    path = base / Path(given).expanduser()
-    if path.exists():
+    if "://" in given:
+        raise DataError(
+            f"{given} is an address, which data is not read from",
+            why="data is a file or folder here, or a dataset of the hub",
+            fix="download it and give its path; write a dataset of the hub as owner/name",
+        )
+    try:
+        path = base / Path(given).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name of 5000 characters, the home of nobody
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{given} cannot be a path", why=why, fix="give a hub id, or the path of a file") from error
+    if there:
         return _find_local(given, path, split)
     looks_local = Path(given).suffix.lower() in SUFFIXES or given[:1] in ("/", ".", "~") or "\\" in given
     if looks_local or not _HUB_ID.fullmatch(given):
@@ -78,16 +92,27 @@ def _find_local(given: str, path: Path, split: str) -> Source:
         if path.suffix.lower() in SUFFIXES:
             return FileSource(given, [path])
         raise DataError(
-            f"{given} is no file of rows", why=f'files end in {", ".join(SUFFIXES)}, this one in "{path.suffix}"'
+            f"{given} is no file of rows",
+            why=f'files end in {", ".join(SUFFIXES)}, this one in "{path.suffix}"',
+            fix=_other_suffix_fix(path),
         )
     if not path.is_dir():
-        raise DataError(f"there is no file or folder {given}", why=f"looked for {path}")
+        raise DataError(
+            f"there is no file or folder {given}",
+            why=f"looked for {path}",
+            fix=did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir()
+            else f"there is no folder {path.parent} either",
+        )  # fmt: skip
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return SavedSource(given, path, split)
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
     kinds = sorted({p.suffix.lower() for p in files})
     if not files:
-        raise DataError(f"the folder {given} holds no rows", why=f"no file in it ends in {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"the folder {given} holds no rows",
+            why=f"no file in it ends in {', '.join(SUFFIXES)}",
+            fix="name the file itself, or the folder that the files are in",
+        )
     if len(kinds) > 1:
         raise DataError(
             f"the folder {given} holds files of several kinds: {', '.join(kinds)}",
@@ -95,6 +120,13 @@ def _find_local(given: str, path: Path, split: str) -> Source:
             fix="name one file, or keep the data in a folder of its own",
         )
     return FileSource(given, files)
+
+
+def _other_suffix_fix(path: Path) -> str:
+    packed = {".gz": "gzip -d", ".zst": "zstd -d", ".bz2": "bzip2 -d", ".xz": "xz -d", ".zip": "unzip"}
+    if unpack := packed.get(path.suffix.lower()):
+        return f"unpack it: {unpack} {path.name}"
+    return "save the rows as .jsonl or .csv; if it is text, let its name end in .txt"
 
 
 def package_path(uri: str) -> Path:
@@ -105,12 +137,18 @@ def package_path(uri: str) -> Path:
     """
     package, _, inside = uri.removeprefix(_PACKAGE).partition("/")
     if not package.isidentifier() or not inside or ".." in PurePosixPath(inside).parts:
-        raise DataError(f"{uri} is no resource of a package", fix="write package://<package>/<path inside it>")
+        raise DataError(
+            f"{uri} is no resource of a package",
+            why="its path would leave the package" if ".." in inside else "it names no package, or no file in it",
+            fix="write package://<package>/<path inside it>",
+        )
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
         raise DataError(
-            f'the package "{package}" of {uri} is not installed', fix="install the distribution that holds it with pip"
+            f'the package "{package}" of {uri} is not installed',
+            why=f'this Python environment has no package "{package}"',
+            fix="install the distribution that holds it with pip",
         )
     paths = [Path(folder, inside) for folder in folders]
     return next((path for path in paths if path.exists()), paths[0])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hyperion_core.errors import DataError
 
-from .readers import count_rows, read_rows
+from .readers import count_rows, parquet_columns, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,9 @@ class Source(Protocol):
 
     def cheap_count(self) -> int | None:
         """Rows, without importing torch or datasets; None when that cannot be known."""
+
+    def first_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(place, row) of the first rows, as far as they are read without importing datasets; else nothing."""
 
     def open(self) -> OpenSource:
         """The rows themselves. Raises DataError when they cannot be had."""
@@ -71,7 +74,7 @@ class FileSource:
 
     def columns(self) -> tuple[str, ...] | None:
         if self._parquet:
-            return None
+            return tuple(dict.fromkeys(name for path in self.paths for name in parquet_columns(path, path.name)))
         found: dict[str, None] = {}
         for path in self.paths:
             for _, row in islice(read_rows(path, path.name), _ROWS_LOOKED_AT):
@@ -82,6 +85,11 @@ class FileSource:
         counts = [count_rows(path, path.name) for path in self.paths]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
+
+    def first_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        if self._parquet:
+            return iter(())
+        return islice((row for path in self.paths for row in read_rows(path, path.name)), _ROWS_LOOKED_AT)
 
     def open(self) -> OpenSource:
         if not self._parquet:
@@ -152,6 +160,9 @@ class RowSource:
     def cheap_count(self) -> int | None:
         return len(self._rows)
 
+    def first_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return islice(self.open().rows((), None), _ROWS_LOOKED_AT)
+
     def open(self) -> OpenSource:
         return _OpenRows(self._rows, self.columns() or ())
 
@@ -194,6 +205,9 @@ class TableSource:
     def cheap_count(self) -> int | None:
         return int(self._table.num_rows)
 
+    def first_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return islice(self.open().rows(self._table.column_names, None), _ROWS_LOOKED_AT)
+
     def open(self) -> OpenSource:
         return OpenTable(self._table, self.label)
 
@@ -217,6 +231,9 @@ class SavedSource:
     def cheap_count(self) -> int | None:
         return None
 
+    def first_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return iter(())
+
     def open(self) -> OpenSource:
         return OpenTable(self._table, self.label)
 
@@ -227,7 +244,9 @@ class SavedSource:
         try:
             saved = datasets.load_from_disk(str(self._folder))
         except Exception as error:
-            raise DataError(f"{self.label} is not a readable saved dataset", why=str(error)) from error
+            raise DataError(
+                f"{self.label} is not a readable saved dataset", why=str(error), fix="save or copy it again"
+            ) from error
         if isinstance(saved, datasets.Dataset):
             return saved
         if self._split not in saved:
@@ -258,6 +277,9 @@ class HubSource:
 
     def cheap_count(self) -> int | None:
         return None
+
+    def first_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return iter(())
 
     def open(self) -> OpenSource:
         return OpenTable(self._table, self.label)

@@ -37,7 +37,8 @@ def template_problem(text: object, field: str) -> Problem | None:
     """What is wrong with the template of `field`: it must hold `{field}` exactly once, and no other row field."""
     path = f"{field}_template"
     if not isinstance(text, str):
-        return Problem(path, f"must be a text, not {type(text).__name__}", fix=f'for example "{{{field}}}"')
+        return Problem(path, f"must be a text, not {type(text).__name__}", "a row's text is put into it",
+                       f'for example "{{{field}}}"')  # fmt: skip
     own = text.count(f"{{{field}}}")
     foreign = [f"{{{other}}}" for other in TEMPLATE_FIELDS if other != field and f"{{{other}}}" in text]
     if own == 1 and not foreign:

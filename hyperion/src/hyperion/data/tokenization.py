@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hyperion_core.errors import DataError
 from hyperion_core.facts import Sequence
 
+from .cached import drop_damaged_tokens
 from .encoding import IGNORED, Encoder
 
 if TYPE_CHECKING:
@@ -59,6 +60,29 @@ def tokenize(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Dataset, TokenReport]:
+    """`tokenize_rows`, and of them `trainable`: columns `input_ids`, `labels` and `length`, and a report.
+
+    Raises:
+        DataError: a row cannot be tokenized, or no row has anything to learn.
+    """
+    tokens = tokenize_rows(
+        dataset, tokenizer, sequences, max_length=max_length, fingerprint_of=fingerprint_of, num_proc=num_proc,
+        cache_dir=cache_dir, progress=progress,
+    )  # fmt: skip
+    return trainable(tokens, tokenizer, max_length)
+
+
+def tokenize_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Callable[[Mapping[str, Any]], list[Sequence]],
+    *,
+    max_length: int,
+    fingerprint_of: str,
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
     """Tokenizes prepared rows.
 
     Args:
@@ -71,27 +95,29 @@ def tokenize(
         progress: draws the progress of a single process; otherwise, and with several, datasets draws its own bar.
 
     Returns:
-        The tokens and a report. Columns: `input_ids` and `labels`, lists of int32 of equal length, and `length`.
-        A label is its position's token id, or -100 where nothing is learnt; labels are not shifted. The first
-        label is always -100, because nothing predicts the first token.
+        A row of tokens for every row. Columns: `input_ids` and `labels`, lists of int32 of equal length; `length`, and
+        `uncut`, the length before max_length; `supervised`, how many tokens are learnt. A label is its position's
+        token id, or -100 where nothing is learnt; labels are not shifted. The first label is always -100, because
+        nothing predicts the first token.
 
     Raises:
-        DataError: a row cannot be tokenized, or no row has anything to learn.
+        DataError: a row cannot be tokenized.
     """
     import datasets
 
     if not len(dataset):
-        raise DataError("there are no rows to tokenize")
+        raise DataError("there are no rows to tokenize", why="the dataset is empty", fix="give one that holds rows")
     encoder = Encoder(tokenizer)
     key = _cache_key(dataset, encoder, max_length, fingerprint_of)
     cache_file = None
     if cache_dir is not None:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         cache_file = str(Path(cache_dir, f"tokens-{key}.arrow"))
+        drop_damaged_tokens(Path(cache_file), len(dataset))
     processes = num_proc or max(1, min(available_cores(), len(dataset) // _ROWS_A_PROCESS))
     ids = datasets.Sequence(datasets.Value("int32"))
     count = datasets.Value("int32")
-    with _shown(progress if processes == 1 else None, len(dataset)) as advance:
+    with _shown(progress if processes == 1 else None, len(dataset)) as advance, _written(cache_file):
         tokens = dataset.map(
             _TokenizeBatch(encoder, sequences, max_length, advance),
             batched=True,
@@ -107,7 +133,7 @@ def tokenize(
             new_fingerprint=key,
             desc="tokenizing",
         )
-    return _reported(tokens, encoder, max_length)
+    return tokens
 
 
 def available_cores() -> int:
@@ -160,7 +186,12 @@ class _TokenizeBatch:
         return columns
 
 
-def _reported(tokens: Dataset, encoder: Encoder, max_length: int) -> tuple[Dataset, TokenReport]:
+def trainable(tokens: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, TokenReport]:
+    """Of the rows of `tokenize_rows` those that have something to learn, with a report.
+
+    Raises:
+        DataError: no row has anything to learn.
+    """
     import numpy as np
 
     lengths, supervised, uncut = (
@@ -186,7 +217,7 @@ def _reported(tokens: Dataset, encoder: Encoder, max_length: int) -> tuple[Datas
             f"{dropped} of {len(tokens)} rows are left out: nothing to learn is left of them"
             + (f" within max_length {max_length} (the longest row has {longest} tokens)" if truncated else "")
         )
-    if encoder.eos_id is None:
+    if tokenizer.eos_token_id is None:
         warnings.append("the tokenizer has no end-of-sequence token, so the model does not learn where to stop")
     result = tokens.select(kept) if dropped else tokens
     return result.remove_columns(["supervised", "uncut"]), TokenReport(
@@ -203,6 +234,20 @@ def _reported(tokens: Dataset, encoder: Encoder, max_length: int) -> tuple[Datas
 def _cache_key(dataset: Dataset, encoder: Encoder, max_length: int, fingerprint_of: str) -> str:
     parts = [_TOKENS_VERSION, dataset._fingerprint, encoder.identity(), max_length, fingerprint_of]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _written(cache_file: str | None) -> Iterator[None]:
+    """Inside, a disk that refuses the tokens is named."""
+    try:
+        yield
+    except OSError as error:
+        where = Path(cache_file).parent if cache_file else "datasets' cache"
+        raise DataError(
+            f"the tokens cannot be written to {where}",
+            why=error.strerror or str(error),
+            fix="free some space, or set HYPERION_CACHE to a folder on another disk",
+        ) from error
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 def _set_up(args: TrainingArguments) -> None:
     """What a run does before its first step, as far as the arguments decide it."""
     model = torch.nn.Linear(1, 1, bias=False)
-    trainer = Trainer(model, args, data_collator=list, train_dataset=[0], eval_dataset=[0])
+    rows = [{"input_ids": [0]}]  # transformers' own sampler, which ours stands in for, looks at their lengths
+    trainer = Trainer(model, args, data_collator=list, train_dataset=rows, eval_dataset=rows)
     trainer.get_train_dataloader()
     strategy = str(args.train_sampling_strategy)
     seed = args.seed if args.data_seed is None else args.data_seed

@@ -39,10 +39,14 @@ def writing_checkpoint(output_dir: Path, step: int) -> Iterator[Path]:
     partial = output_dir / f".{final.name}.partial"
     old = output_dir / f".{final.name}.old"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    files = {path.relative_to(partial).as_posix(): sha256(path) for path in _files(partial)}
-    write_json(partial / SEAL, {"step": step, "files": files})
+    partial.mkdir()  # not its parents: where the output folder has vanished, no run goes on as if nothing were
+    try:
+        yield partial
+        files = {path.relative_to(partial).as_posix(): sha256(path) for path in _files(partial)}
+        write_json(partial / SEAL, {"step": step, "files": files})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
+        raise
     if final.exists():  # the same step, saved again after its evaluation: a folder cannot replace a folder
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)

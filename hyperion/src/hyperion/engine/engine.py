@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hyperion_core.artifact import read_json, write_json
 from hyperion_core.errors import TrainingError
 from hyperion_core.facts import Horizon, Segments
 from torch import Tensor
 from torch.nn import Module
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import optimizer_class
-from .checkpoints import ADAPTER_FOLDER, checkpoint_path, rotate, writing_checkpoint
+from .checkpointing import ADAPTER_NAME, CheckpointedTrainer
 from .figures import Figures
 from .loss import check_head, count_supervised, supervised_logprobs
 from .random_state import untouched_generators
@@ -34,12 +31,11 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import TrainerControl, TrainerState
 
-ADAPTER_NAME = "default"
-TRAINER_STATE = "trainer_state.json"
-ENGINE_STATE = "engine_state.json"
+    from ..monitoring.metrics import MetricsFile
+    from .interruption import Interruption
 
 
-class Engine(Trainer):
+class Engine(CheckpointedTrainer):
     """One run on one device.
 
     Args:
@@ -47,12 +43,12 @@ class Engine(Trainer):
         adapter, objective, scheduler: (name of the plugin in `hooks`, its config).
         train, evaluation: rows with input_ids, labels (-100 = not learnt) and length.
         collator: rows to a batch of input_ids, attention_mask, labels.
+        interruption: knows whether a signal asked for the end.
+        logs: files of lines that a resumed run cuts back to its checkpoint.
     """
 
     # compute_loss divides by the supervised tokens of the whole optimizer step: nothing is left to scale
     loss_is_scaled_for_ga = True
-    optimizer: Any
-    lr_scheduler: Any
 
     def __init__(
         self,
@@ -67,6 +63,8 @@ class Engine(Trainer):
         train: Dataset,
         evaluation: Dataset | None,
         collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]],
+        interruption: Interruption,
+        logs: Sequence[MetricsFile] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.hooks = hooks
@@ -82,12 +80,12 @@ class Engine(Trainer):
             data_collator=collator,
             train_dataset=train,
             eval_dataset=evaluation,
-            callbacks=[_LoopEvents(self), *callbacks],
+            callbacks=[_LoopEvents(self), *callbacks, _ResumedStep(self)],
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.figures = Figures(args.device)
-        self._resume: Path | None = None
+        self.interruption, self.logs = interruption, tuple(logs)
         self._needs_reference = bool(self.objective.objective_needs_reference(config=self.objective_config))
 
     # --- the loss ---
@@ -278,6 +276,7 @@ class Engine(Trainer):
         total = 0
         with self.ctx.progress.task("evaluating", len(dataloader)) as advance, torch.no_grad():
             for batch in dataloader:
+                self.interruption.leave_evaluation()
                 inputs = self._prepare_inputs(batch)
                 count = count_supervised(inputs["labels"])
                 loss, metrics = self._objective_loss(model, inputs, count.clamp(min=1))
@@ -300,96 +299,15 @@ class Engine(Trainer):
             logs.update(self.figures.line(self._steps_to_log))
         super().log(logs, start_time)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._steps_to_log = max(self.state.global_step - self._globalstep_last_logged, 1)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = super()._determine_best_metric(metrics, trial)
         if better and self.args.load_best_model_at_end:
             self.control.should_save = True  # or the best model would be lost where save_steps passes it over
         return better
 
-    # --- checkpoints ---
-
-    def _save_checkpoint(self, model: Module, trial: Any) -> None:
-        output, step = Path(self.args.output_dir), self.state.global_step
-        final = checkpoint_path(output, step)
-        self.store_flos()
-        with self.figures.paused(), writing_checkpoint(output, step) as folder:
-            self._set_best_checkpoint(written=final)
-            (folder / ADAPTER_FOLDER).mkdir()
-            self.adapter.adapter_save(
-                model=self.model, name=ADAPTER_NAME, config=self.adapter_config,
-                folder=folder / ADAPTER_FOLDER, for_resume=True,
-            )  # fmt: skip
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            for callback in (*self.callback_handler.callbacks, self.control):
-                if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(folder / TRAINER_STATE))
-            write_json(folder / ENGINE_STATE, self._sums())
-        best = self.state.best_model_checkpoint
-        rotate(output, self.checkpoint_limit, keep={final, *([Path(best)] if best else [])})
-        self.hooks.observe("run_checkpoint", path=final, step=step, ctx=self.ctx)
-
-    def _set_best_checkpoint(self, written: Path | None = None) -> None:
-        best = self.state.best_global_step
-        path = checkpoint_path(Path(self.args.output_dir), best) if best else None
-        self.state.best_model_checkpoint = (
-            str(path) if path is not None and (path == written or path.is_dir()) else None
-        )
-
-    def _sums(self) -> dict[str, Any]:
-        """What transformers forgets at a checkpoint: the losses since the last line of the log, and our figures."""
-        return {
-            "loss_sum": float(self._tr_loss),
-            "loss_total": self._total_loss_scalar,
-            "logged_step": self._globalstep_last_logged,
-            "figures": self.figures.state(),
-        }
-
-    def restore_sums(self) -> None:
-        """Go on with the sums of the checkpoint that is resumed; called when the loop has set them to 0."""
-        if self._resume is None:
-            return
-        sums = read_json(self._resume / ENGINE_STATE)
-        self._tr_loss += sums["loss_sum"]
-        self._total_loss_scalar = sums["loss_total"]
-        self._globalstep_last_logged = sums["logged_step"]
-        self._initial_global_step = 0
-        self.figures.load_state(sums["figures"])
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._resume = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        started = super()._init_training_state(*args, **kwargs)
-        self._set_best_checkpoint()  # the folder may have moved since the checkpoint was written
-        return started
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise TrainingError(
-                f"the optimizer of {checkpoint} does not fit this run",
-                why=str(error),
-                fix="resume with the adapter, optimizer and scheduler that the run began with, or start anew elsewhere",
-            ) from error
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Module | None = None) -> None:
-        """Nothing: the adapter was loaded through its plugin before the engine was made."""
-
-    def _load_best_model(self) -> None:
-        """Nothing: `fit` loads it through the adapter's plugin when the loop has let go of the model."""
-
 
 class _LoopEvents(TrainerCallback):
-    """The engine's own places in the loop."""
+    """The engine's own places in the loop, before anybody else's."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -411,3 +329,27 @@ class _LoopEvents(TrainerCallback):
         if state.global_step >= state.max_steps:  # the end of a run is logged and judged, whatever the intervals
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.engine.at_epoch_end(False)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:  # fmt: skip
+        self.engine.at_epoch_end(True)
+
+
+class _ResumedStep(TrainerCallback):
+    """When all others are ready: the rest of the step that a checkpoint stands in, and whether it was the last one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.engine.finish_step()
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True

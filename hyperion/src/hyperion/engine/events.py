@@ -1,4 +1,4 @@
-"""What happens in the loop, told to those who watch: metrics.jsonl, the observers, the samples."""
+"""What happens in the loop, told to those who watch: metrics.jsonl, timing.jsonl, the observers, the samples."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ if TYPE_CHECKING:
     from ..monitoring.metrics import MetricsFile
 
 
+# Figures that say how fast a machine was. They differ from run to run, and so have a file of their own.
+_TIMES = ("runtime", "seconds", "_per_second")
+
+
 class RunEvents(TrainerCallback):
-    """Writes each line of the log, and tells the observers.
+    """Writes each line of the log, what was learnt apart from how fast it went, and tells the observers.
 
     `after_evaluation` is called with the optimizer step after each evaluation.
     """
 
     def __init__(
-        self, hooks: RunHooks, ctx: RunContext, metrics: MetricsFile, after_evaluation: Callable[[int], None]
+        self,
+        hooks: RunHooks,
+        ctx: RunContext,
+        metrics: MetricsFile,
+        timing: MetricsFile,
+        after_evaluation: Callable[[int], None],
     ) -> None:
         self.hooks = hooks
         self.ctx = ctx
-        self.metrics = metrics
+        self.metrics, self.timing = metrics, timing
         self.after_evaluation = after_evaluation
 
     def on_log(
@@ -39,7 +48,9 @@ class RunEvents(TrainerCallback):
         figures = dict(logs or {})
         if "train_runtime" in figures:  # the summary at the end of a run is no step's
             return
-        self.metrics.append({"step": state.global_step, **figures})
+        step = {"step": state.global_step}
+        self.metrics.append({**step, **{name: value for name, value in figures.items() if not name.endswith(_TIMES)}})
+        self.timing.append({**step, **{name: value for name, value in figures.items() if name.endswith(_TIMES)}})
         if "loss" in figures:
             self.hooks.observe("run_step", step=state.global_step, metrics=figures, ctx=self.ctx)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,12 @@ from ..monitoring.samples import SampleWriter
 from ..monitoring.training_line import TrainingLine
 from .arguments import check_arguments, training_arguments
 from .borrowed import borrowed
+from .checkpointing import ADAPTER_NAME, log_sizes
 from .checkpoints import ADAPTER_FOLDER, checkpoints, remove_remains, why_incomplete
 from .early_stopping import EarlyStopping
-from .engine import ADAPTER_NAME, TRAINER_STATE, Engine
+from .engine import Engine
 from .events import RunEvents
+from .interruption import Interruption
 from .out_of_memory import out_of_memory_explained
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["FitResult", "check_arguments", "fit", "measure"]
 
 METRICS = "metrics.jsonl"
+TIMING = "timing.jsonl"
 SAMPLES = "samples.jsonl"
 
 
@@ -92,19 +96,28 @@ def fit(
     args.eval_on_start = args.eval_on_start and resume is None  # the checkpoint's log holds it already
     _require_a_batch(args, len(train))
     output = Path(args.output_dir)
-    metrics, samples = MetricsFile(output / METRICS), MetricsFile(output / SAMPLES)
-    _prepare_output(output, metrics, samples, resume)
+    metrics, timing, samples = logs = tuple(MetricsFile(output / name) for name in (METRICS, TIMING, SAMPLES))
+    _prepare_output(output, logs, resume)
+    interruption = Interruption()
     writer = SampleWriter(
-        tokenizer, evaluation, samples, count=eval_samples, max_new_tokens=eval_samples_max_new_tokens, ctx=ctx
+        tokenizer,
+        evaluation,
+        samples,
+        count=eval_samples,
+        max_new_tokens=eval_samples_max_new_tokens,
+        ctx=ctx,
+        before_each=interruption.leave_evaluation,
     )
     line = TrainingLine(ctx.progress)
-    with borrowed(model, checkpointing=bool(args.activation_checkpointing)), line, out_of_memory_explained(args):
+    checkpointing = bool(args.activation_checkpointing)
+    with borrowed(model, checkpointing=checkpointing), line, out_of_memory_explained(args), interruption:
         engine = Engine(
             model, args, hooks=hooks, ctx=ctx, adapter=adapter, objective=objective, scheduler=scheduler,
             train=train, evaluation=evaluation, collator=Collator(tokenizer.pad_token_id),
+            interruption=interruption, logs=logs,
             callbacks=[
                 line,
-                RunEvents(hooks, ctx, metrics, lambda step: writer.write(model, step)),
+                RunEvents(hooks, ctx, metrics, timing, lambda step: writer.write(model, step)),
                 *([EarlyStopping(early_stopping_patience)] if early_stopping_patience else []),
             ],
         )  # fmt: skip
@@ -152,8 +165,7 @@ def _require_a_batch(args: TrainingArguments, rows: int) -> None:
         )
 
 
-def _prepare_output(output: Path, metrics: MetricsFile, samples: MetricsFile, resume: Path | None) -> None:
-    output.mkdir(parents=True, exist_ok=True)
+def _prepare_output(output: Path, logs: Sequence[MetricsFile], resume: Path | None) -> None:
     remove_remains(output)
     if resume is not None:
         fault = why_incomplete(resume)
@@ -161,9 +173,9 @@ def _prepare_output(output: Path, metrics: MetricsFile, samples: MetricsFile, re
             raise TrainingError(
                 f"cannot resume from {resume}", why=fault, fix="resume from another checkpoint, or start anew elsewhere"
             )
-        step = _step_of(resume)
-        metrics.cut_after(step)
-        samples.cut_after(step)
+        sizes = log_sizes(resume)
+        for log in logs:
+            log.cut_to(sizes[log.path.name])
         return
     present = checkpoints(output)
     if present:
@@ -172,14 +184,8 @@ def _prepare_output(output: Path, metrics: MetricsFile, samples: MetricsFile, re
             why="a new run would mix its checkpoints with them",
             fix="go on with that run (--resume), choose another output_dir, or delete the folder",
         )
-    metrics.clear()
-    samples.clear()
-
-
-def _step_of(checkpoint: Path) -> int:
-    from hyperion_core.artifact import read_json
-
-    return int(read_json(checkpoint / TRAINER_STATE)["global_step"])
+    for log in logs:
+        log.clear()
 
 
 def _evaluation_at(history: list[dict[str, float]], step: int | None) -> dict[str, float]:

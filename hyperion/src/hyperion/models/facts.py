@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ _EMBEDDINGS |= {"tok_embeddings", "embeddings", "embedding", "shared", "tokens_e
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt"})
 # Constants that old checkpoints carry beside the weights: rotary frequencies and causal masks.
 _BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias)$|\b(attn|attention)\.bias$")
+# safetensors' types whose numbers are whole bytes; the size of a tensor of another type stays unchecked.
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _LAYER_AT_TOP = re.compile(r"(layers|h|blocks)\.\d+\.")
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model")
 
@@ -190,12 +194,7 @@ def _forward_order(module: ModuleFact) -> tuple[int, tuple[tuple[int, str], ...]
 
 def _safetensors_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
     """Shapes by tensor name from the headers of a model's safetensors files; None when they are not all here."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names: Iterable[str] = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    paths = [folder / name for name in names]
+    paths = [folder / name for name in shard_names(folder) or ("model.safetensors",)]
     if not paths or not all(path.is_file() for path in paths):
         return None
     shapes: dict[str, tuple[int, ...]] = {}
@@ -204,9 +203,38 @@ def _safetensors_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
     return shapes
 
 
+def shard_names(folder: Path) -> tuple[str, ...]:
+    """The weight files that the index of a sharded model names; none where there is no index.
+
+    Raises:
+        ModelError: the index cannot be read.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ()
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(
+            f"{index} is no index of weights",
+            why='it has no "weight_map" from names to files',
+            fix="download or copy the model again",
+        )
+    return tuple(sorted(set(weight_map.values())))
+
+
 def _read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as file:
+            start = file.read(24)
+            if start.startswith(b"version https://git-lfs"):
+                raise ModelError(
+                    f"{path} is not a whole safetensors file",
+                    why="it is a Git LFS pointer: it names the file to download, and holds none of it",
+                    fix="run `git lfs pull` in that repository",
+                )
+            file.seek(0)
+            if len(start) < 8:
+                raise ValueError(f"it holds {len(start)} bytes")
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size - 8:
                 raise ValueError("the header is longer than the file")
@@ -215,8 +243,13 @@ def _read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         if 8 + length + end > path.stat().st_size:
             raise ValueError(f"it is cut short: {path.stat().st_size:,} bytes instead of {8 + length + end:,}")
+        for name, entry in tensors.items():
+            first, last = entry["data_offsets"]
+            wanted = math.prod(entry["shape"]) * _BYTES.get(entry["dtype"], 0)
+            if wanted and last - first != wanted:
+                raise ValueError(f"{name} of shape {tuple(entry['shape'])} has {last - first:,} bytes, not {wanted:,}")
         return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path} is not a whole safetensors file", why=str(error), fix="download or copy it again"
         ) from error
@@ -280,6 +313,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read", why=str(error), fix="download or copy the model again") from error
     return content

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import ModelError
+from hyperion_core.foreign import foreign_keys
 
+from .facts import model_facts
+from .folder import check_weights
 from .gguf_header import GGUFHeader, read_header
 from .quiet import quiet_transformers
+from .source import BaseModelSource
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_CONVERTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "conversion.json")
 _PROBE = "The quick brown fox, 3.14 * 2?\n\tdef f(x): return x  # déjà vu 世界"
 
 
@@ -38,11 +43,11 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Callable[[str], None]) -
     from filelock import FileLock, Timeout
 
     header = read_header(path)
-    _check_convertible(path, header)
+    check_convertible(path, header)
     digest = _sha256(path, progress)
     stem = re.sub(r"[^\w.-]+", "-", path.stem)
     target = cache_dir / "models" / f"{stem}-{digest[:16]}"
-    if target.is_dir():
+    if _is_whole(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +58,7 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Callable[[str], None]) -
             progress(f"another process is converting {path.name}: waiting for it")
             lock.acquire()
         try:
-            if not target.is_dir():
+            if not _is_whole(target):
                 _convert_into(target, path, header, digest, progress)
         finally:
             lock.release()
@@ -66,12 +71,24 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Callable[[str], None]) -
     return target
 
 
-def _check_convertible(path: Path, header: GGUFHeader) -> None:
+def check_convertible(path: Path, header: GGUFHeader) -> None:
+    """Refuses a GGUF file that transformers would not read, or not without loss, as far as its header tells.
+
+    Raises:
+        ModelError: see above; or the `gguf` package is missing.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"{path} cannot be read: the Python package gguf is not installed",
             why="transformers needs it to read GGUF weights",
             fix="pip install gguf",
+        )
+    known = foreign_keys("transformers", "integrations/ggml.py", "GGUF_CONFIG_MAPPING")
+    if not any(_letters(name) in _letters(header.architecture) for name in known):
+        raise ModelError(
+            f"{path} is of the architecture {header.architecture!r}",
+            why="transformers does not read a GGUF of that architecture",
+            fix="use the same model from safetensors: its hub id or folder",
         )
     if int(header.metadata.get("split.count", 1)) > 1:
         raise ModelError(
@@ -88,6 +105,22 @@ def _check_convertible(path: Path, header: GGUFHeader) -> None:
         )
 
 
+def _letters(architecture: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", architecture.lower())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model is there with all its files. One that a disk or a hand has damaged is not."""
+    try:
+        for name in _CONVERTED:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        check_weights(folder, folder.name, (path.name for path in folder.iterdir()))
+        model_facts(BaseModelSource(folder.name, "local", folder, None))  # reads the headers of the weights
+    except (ModelError, OSError, ValueError):
+        return False
+    return True
+
+
 def _convert_into(target: Path, path: Path, header: GGUFHeader, digest: str, progress: Callable[[str], None]) -> None:
     """Converts into a folder beside `target` and renames it. The caller holds the lock, so every other such folder
     was left behind by a process that died."""
@@ -95,6 +128,9 @@ def _convert_into(target: Path, path: Path, header: GGUFHeader, digest: str, pro
         shutil.rmtree(leftover)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir()
+    if target.exists():
+        progress(f"the converted model in {target} is damaged: it is made again")
+        shutil.rmtree(target)
     progress(f"converting {path.name} ({path.stat().st_size / 2**20:.0f} MiB), once; this can take a minute")
     try:
         with quiet_transformers():

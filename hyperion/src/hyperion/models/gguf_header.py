@@ -5,6 +5,7 @@ Format: docs/gguf.md of the ggml project. The `gguf` package reads the same, but
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import mmap
 import struct
@@ -20,7 +21,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LONGEST_ARRAY_KEPT = 256
 
-# ggml's tensor types: (elements in a block, bytes in a block). Of a type not listed, the size stays unchecked.
+# ggml's tensor types: (elements in a block, bytes in a block). Other types are looked up in the gguf package.
 BLOCK_SIZES: Mapping[int, tuple[int, int]] = {
     0: (1, 4),  # F32
     1: (1, 2),  # F16
@@ -106,7 +107,7 @@ class _Reader:
             name = self.string()
             # GGUF writes the fastest dimension first, torch last.
             shape = tuple(reversed([self.scalar("Q") for _ in range(self.scalar("I"))]))
-            block, size = BLOCK_SIZES.get(self.scalar("I"), (1, 0))
+            block, size = self.block_size(self.scalar("I"), name)
             tensors[name] = shape
             end = max(end, self.scalar("Q") + math.prod(shape) // block * size)
         alignment = metadata.get("general.alignment", 32)
@@ -114,6 +115,21 @@ class _Reader:
         if start + end > len(self.data):
             raise _damaged(self.path, f"it is cut short: {len(self.data):,} bytes instead of {start + end:,}")
         return GGUFHeader(metadata, tensors)
+
+    def block_size(self, kind: int, tensor: str) -> tuple[int, int]:
+        """Of a tensor's type; (1, 0) where nothing here can tell."""
+        if kind in BLOCK_SIZES or importlib.util.find_spec("gguf") is None:
+            return BLOCK_SIZES.get(kind, (1, 0))
+        from gguf.constants import GGML_QUANT_SIZES
+
+        found: dict[int, tuple[int, int]] = {int(each): size for each, size in GGML_QUANT_SIZES.items()}
+        if kind not in found:
+            raise ModelError(
+                f"{self.path} holds {tensor} as a type of weights that is not known: type {kind}",
+                why="the installed gguf package does not list it: the file is newer, or damaged",
+                fix="python -m pip install -U gguf, or convert the model to a common type such as Q8_0",
+            )
+        return found[kind]
 
     def scalar(self, kind: str) -> Any:
         (value,) = struct.unpack_from("<" + kind, self.data, self.at)

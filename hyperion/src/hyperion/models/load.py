@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import ModelError
 
 from .facts import check_causal_lm, read_config
+from .folder import check_weights, some
 from .gguf import convert_gguf
 from .quiet import quiet_transformers
 from .source import BaseModelSource, check_model_folder
@@ -25,7 +26,6 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken
 _UNWANTED = ["*/*", "consolidated*", "*.fp16.safetensors", "adapter_model*"]
 # Windows has no quota error.
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def materialize(
@@ -51,7 +51,7 @@ def materialize(
         return convert_gguf(source.path, cache_dir, progress)
     else:
         folder = source.path
-    _check_weights(folder, source.name, (entry.name for entry in folder.iterdir()))
+    check_weights(folder, source.name, (entry.name for entry in folder.iterdir()))
     return folder
 
 
@@ -144,6 +144,7 @@ def load_model(
     model: PreTrainedModel
     model, info = loaded
     _check_loaded(model, info, folder)
+    _check_finite(model, folder)
     return model
 
 
@@ -151,17 +152,38 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], folder: Path)
     fix = "copy or download the model again; weights and config.json must belong together"
     if mismatched := sorted(info["mismatched_keys"]):
         shapes = (f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in mismatched)
-        raise ModelError(f"{folder}: weights have other shapes than config.json says", why=_some(shapes), fix=fix)
+        raise ModelError(f"{folder}: weights have other shapes than config.json says", why=some(shapes), fix=fix)
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{folder}: weights are missing, and would be filled at random", why=_some(missing), fix=fix)
+        raise ModelError(f"{folder}: weights are missing, and would be filled at random", why=some(missing), fix=fix)
     unexpected = sorted(info["unexpected_keys"])
     # An extra part (a vision tower) is left out knowingly; a layer without its bias is another model.
     if ignored := [name for name in unexpected if _belongs_to_layer(model, name)]:
         raise ModelError(
-            f"{folder}: layers of the model leave out weights that the files have for them", why=_some(ignored), fix=fix
+            f"{folder}: layers of the model leave out weights that the files have for them", why=some(ignored), fix=fix
         )
     if unexpected:
-        log.warning("%s holds weights that this architecture has no use for: %s", folder, _some(unexpected))
+        log.warning("%s holds weights that this architecture has no use for: %s", folder, some(unexpected))
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """One NaN in the base makes every loss NaN."""
+    import torch
+
+    bad = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and weight.numel()
+        and weight.device.type != "meta"
+        # NaN comes through a minimum and a maximum; unlike isfinite() they need no memory of the weight's size.
+        and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight.detach()))
+    ]
+    if bad:
+        raise ModelError(
+            f"{folder}: {len(bad)} weights hold numbers that are not finite (NaN or infinity)",
+            why=some(bad),
+            fix="copy or download the model again; if they are float16, take a bfloat16 or float32 version",
+        )
 
 
 def _belongs_to_layer(model: PreTrainedModel, parameter: str) -> bool:
@@ -212,9 +234,10 @@ def _download(name: str, revision: str | None, progress: Callable[[str], None], 
         raise ModelError(
             f"base model {name!r} is not in the local cache, and the hub "
             + ("was not asked" if offline else "cannot be reached"),
-            why="HF_HUB_OFFLINE is set" if offline else str(error).partition("\n")[0],
+            why=("HF_HUB_OFFLINE is set" if offline else str(error).partition("\n")[0])
+            + f"; and there is no folder or file called {name} beside the config",
             fix=("unset HF_HUB_OFFLINE" if offline else "check the network")
-            + f"; or fetch it beforehand with: hf download {name}; or use a local folder, or a GGUF file",
+            + f"; or fetch it beforehand with: hf download {name}; or give the path of a folder or a GGUF file",
         ) from error
     except errors.HfHubHTTPError as error:
         raise ModelError(
@@ -235,7 +258,7 @@ def _download(name: str, revision: str | None, progress: Callable[[str], None], 
             why="HF_HUB_OFFLINE is set, so that they cannot be fetched",
             fix=f"unset HF_HUB_OFFLINE; or fetch it beforehand with: hf download {name}",
         )
-    _check_weights(folder, name, _names_on_hub(name, revision))
+    check_weights(folder, name, _names_on_hub(name, revision))
     return folder
 
 
@@ -247,26 +270,3 @@ def _names_on_hub(name: str, revision: str | None) -> list[str]:
         return HfApi().list_repo_files(name, revision=revision)
     except OSError:  # the base of all of the hub's errors and of the network's
         return []
-
-
-def _check_weights(folder: Path, name: str, names: Iterable[str]) -> None:
-    """Refuses a model whose files, listed in `names`, hold no safetensors, and says what they hold instead."""
-    known = set(names)
-    check_model_folder(folder, name)
-    if any(each.endswith(".safetensors") for each in known):
-        return
-    if pickles := sorted(each for each in known if each.endswith(_PICKLES)):
-        why = f"it has pickled weights only ({pickles[0]}), and loading a pickle can run any code in it"
-        fix = "choose a model or a revision with .safetensors files, or have it converted (many hub models have a "
-        fix += "pull request that does: revision: refs/pr/<number>)"
-    elif ggufs := sorted(each for each in known if each.endswith(".gguf")):
-        why = f"it has GGUF files only ({ggufs[0]})"
-        fix = f"name one file: base_model: ./{ggufs[0]}"
-    else:
-        why, fix = "it has no weights", "copy or download the whole model"
-    raise ModelError(f"base model {name!r} has no .safetensors weights: {folder}", why=why, fix=fix)
-
-
-def _some(names: Iterable[str], most: int = 6) -> str:
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

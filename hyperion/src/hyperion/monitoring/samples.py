@@ -10,6 +10,8 @@ import torch
 from .progress import RichProgress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
     from hyperion_core.context import RunContext
     from torch.nn import Module
@@ -45,7 +47,10 @@ def prompts_of(rows: Dataset, count: int) -> list[Prompt]:
 
 
 class SampleWriter:
-    """Greedy answers to the same rows at each evaluation, shown and appended to samples.jsonl."""
+    """Greedy answers to the same rows at each evaluation, shown and appended to samples.jsonl.
+
+    `before_each` is called before each answer, and may raise to leave the others out.
+    """
 
     def __init__(
         self,
@@ -56,7 +61,9 @@ class SampleWriter:
         count: int,
         max_new_tokens: int,
         ctx: RunContext,
+        before_each: Callable[[], None] = lambda: None,
     ) -> None:
+        self.before_each = before_each
         self.tokenizer = tokenizer
         self.file = file
         self.max_new_tokens = max_new_tokens
@@ -71,6 +78,7 @@ class SampleWriter:
         model.eval()
         try:
             for prompt in self.prompts:
+                self.before_each()
                 line = {
                     "step": step,
                     "prompt": self._text(prompt.ids),

@@ -16,11 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import AdapterConformance as AdapterConformance
+    from .deploy_targets import DeployTargetConformance as DeployTargetConformance
     from .plugins import PluginConformance as PluginConformance
+    from .quantizers import QuantizerConformance as QuantizerConformance
     from .schedulers import SchedulerConformance as SchedulerConformance
 
-_HOMES = {"AdapterConformance": "adapters", "PluginConformance": "plugins", "SchedulerConformance": "schedulers"}
-__all__ = ["AdapterConformance", "PluginConformance", "SchedulerConformance"]
+_HOMES = {
+    "AdapterConformance": "adapters",
+    "DeployTargetConformance": "deploy_targets",
+    "PluginConformance": "plugins",
+    "QuantizerConformance": "quantizers",
+    "SchedulerConformance": "schedulers",
+}
+__all__ = [
+    "AdapterConformance",
+    "DeployTargetConformance",
+    "PluginConformance",
+    "QuantizerConformance",
+    "SchedulerConformance",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,370 @@
+"""The conformance suite of quantizers: a tiny model is quantized, judged by its own tensors, trained on, reloaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from ..context import RunContext
+from ..facts import BitPlan, ModelFacts
+from ..hooks import RunHooks
+from ..kinds import Quantizer
+from ..plan import Plan
+from .bits import digest, equal, saved_tensors
+from .low_rank_delta import LowRankDelta
+from .plugins import PluginConformance
+from .quantizer_trial import NEAR, UNQUANTIZED, Calibration, Trial, logits, loss, skip_unless
+from .refused import refused
+from .resident import resident_bytes, resident_tensors
+from .tiny import save_tiny_base
+
+STEPS = 5
+DEVICES = ("cpu", "cuda", "mps")
+FITTING, MISFIT = 64, 48  # group sizes: one divides the widths of the base, one does not
+
+
+class QuantizerConformance(PluginConformance):
+    """What a quantizer must do. A test is two lines:
+
+        class TestMine(QuantizerConformance):
+            plugin = "mine"
+
+    options: options of the config beyond its defaults; each declared width replaces `bits`.
+    device: where the base is quantized, "cpu" or "cuda".
+    learning_rate: with which five steps of Adam on a low-rank delta lower the loss.
+    tolerance: greatest difference between what forward uses and `quantizer_dequantize`, relative to the largest value.
+    """
+
+    kind = "quantizer"
+    device: ClassVar[str] = "cpu"
+    learning_rate: ClassVar[float] = 1e-2
+    tolerance: ClassVar[float] = 1e-5
+
+    # --- what an author may replace ---
+
+    def save_base(self, folder: Path) -> Path:
+        """Write the base that is quantized, in transformers' format: the same weights every time."""
+        return save_tiny_base(folder, hidden_size=128, intermediate_size=256)
+
+    def calibration(self) -> Calibration:
+        """Rows for a quantizer that declares `calibration`: 16 of 32 tokens."""
+        import torch
+
+        ids = torch.randint(0, 250, (16, 1, 32), generator=torch.Generator().manual_seed(1))
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+    # --- fixtures ---
+
+    @pytest.fixture
+    def trial(self, plugin_class: type[Quantizer], tmp_path: Path) -> Trial:
+        return self.on_trial(plugin_class, tmp_path)
+
+    def on_trial(self, plugin_class: type[Quantizer], folder: Path) -> Trial:
+        """The quantizer, its hooks called through pluggy as a run calls them, and its base in `folder`."""
+        torch = pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+        skip_unless(self.device != "cuda" or torch.cuda.is_available(), "needs a CUDA device")
+        hooks = RunHooks()
+        hooks.add(plugin_class(), self.plugin)
+        plan = Plan(config={"base_model": "tiny-llama"}, choices=(), device=self.device, dtype="float32")
+        ctx = RunContext(plan=plan, seed=7, device=self.device, output=folder / "run", cache=folder / "cache")
+        source = self.save_base(folder / "base")
+        return Trial(plugin_class, hooks.quantizer(self.plugin), source, ctx, self.options, self.calibration)
+
+    # --- planning: torch-free ---
+
+    def test_it_declares_what_it_can_do(self, plugin_class: type[Quantizer]) -> None:
+        """`provides` names bits and devices: plans are made from them."""
+        provides = plugin_class.provides
+        assert provides.bits - {UNQUANTIZED}, "provides.bits names no width below 16 bits"
+        strange = sorted(bits for bits in provides.bits if not 1 <= bits <= UNQUANTIZED)
+        assert not strange, f"provides.bits holds {strange}: a weight has 1 to 16 bits"
+        assert self.device in provides.devices, (
+            f'provides.devices, {sorted(provides.devices)}, lacks "{self.device}", on which this suite runs'
+        )
+
+    def test_the_check_lets_every_declared_width_pass(self, trial: Trial) -> None:
+        """Nothing stands against what `provides` declares, on a base that is known and on one that is not local."""
+        unknown = ModelFacts("somebody/some-model", why_unknown="the model is not local")
+        for bits in trial.widths:
+            for what, facts in (("an ordinary base", trial.facts), ("a base that is not local", unknown)):
+                problems = trial.problems(BitPlan(bits, 0), facts=facts)
+                assert not problems, f"{bits} bits, which provides.bits declares, are refused on {what}: {problems}"
+
+    def test_bits_that_it_cannot_do_are_refused(self, trial: Trial) -> None:
+        """While planning, wherever they stand in a plan; what it can do is named."""
+        for bits in sorted(set(range(1, UNQUANTIZED)) - trial.plugin.provides.bits):
+            plans = {f"{bits} bits": BitPlan(bits, 0)}
+            if trial.plugin.provides.per_module:
+                plans[f"{bits} bits in some modules"] = BitPlan(trial.widths[0], 0, {"*.down_proj": (bits, 0)})
+            for what, plan in plans.items():
+                problems = trial.problems(plan)
+                assert problems, f"quantizer_check lets {what} pass, and provides.bits lacks that"
+                unnamed = [width for width in trial.widths if str(width) not in problems]
+                assert not unnamed, f"the refusal of {what} does not say that it can do {unnamed}: {problems}"
+
+    def test_a_device_that_it_cannot_use_is_refused(self, trial: Trial) -> None:
+        """While planning; those that it can use are named."""
+        usable = trial.plugin.provides.devices
+        for device in (device for device in DEVICES if device not in usable):
+            problems = trial.problems(trial.narrow, device=device)
+            assert problems, f'quantizer_check lets the device "{device}" pass, and provides.devices lacks it'
+            unnamed = [each for each in sorted(usable) if each not in problems]
+            assert not unnamed, f'the refusal of "{device}" does not say that it can use {unnamed}: {problems}'
+
+    def test_a_group_size_that_does_not_fit_is_refused_or_works(self, trial: Trial) -> None:
+        """One that does not divide the width of a layer: refused with a layer's name, or the model works."""
+        understood = getattr(trial.plugin.config_class, "understood", ())
+        skip_unless("group_size" in understood, "this method has no group_size")
+        plan = BitPlan(trial.widths[0], MISFIT)
+        if problems := trial.problems(plan):
+            named = any(module.name in problems for module in trial.facts.linear()) or str(MISFIT) in problems
+            assert named, f"a group size of {MISFIT} is refused, and neither it nor a layer is named: {problems}"
+            return
+        try:
+            found = logits(trial.load(plan))
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            pytest.fail(f"quantizer_check lets a group size of {MISFIT} pass, and loading ends in {what}")
+        assert found.isfinite().all(), f"quantizer_check lets a group size of {MISFIT} pass, and logits are not finite"
+
+    # --- what is in memory ---
+
+    def test_every_declared_width_works(self, trial: Trial) -> None:
+        """Each loads and answers with finite numbers; more bits are nearer to the base."""
+        errors = {}
+        for bits in trial.widths:
+            model = trial.load(BitPlan(bits, 0))
+            assert logits(model).isfinite().all(), f"with {bits} bits the logits are not finite"
+            errors[bits] = trial.distance_from_base(model)
+        falls = all(errors[one] > errors[two] for one, two in zip(trial.widths, trial.widths[1:], strict=False))
+        assert falls, f"more bits do not bring the model nearer to its base; its distance by bits: {errors}"
+
+    def test_the_estimate_is_the_real_size(self, trial: Trial, tmp_path: Path) -> None:
+        """Within 5%, in memory and on disk, in whatever type the rest of the model is held."""
+        for bits, dtype in [*((bits, "float32") for bits in trial.widths), (trial.widths[-1], "bfloat16")]:
+            plan = BitPlan(bits, 0)
+            model = trial.load(plan, dtype=dtype)
+            written = trial.save(model, plan, tmp_path / f"saved-{bits}-{dtype}")
+            real = resident_bytes(model), sum(tensor.nbytes for path in written for tensor in saved_tensors(path))
+            for what, said, size in zip(("in memory", "on disk"), trial.estimate(plan, dtype), real, strict=True):
+                assert math.isclose(said, size, rel_tol=NEAR), (
+                    f"with {bits} bits over {dtype} quantizer_estimate says {said:,} bytes {what}, and it is {size:,}"
+                )
+
+    def test_the_modules_report_the_truth(self, trial: Trial) -> None:
+        """`quantizer_modules` lists what the plan quantizes, and the tensors bear it out."""
+        for plan in [*(BitPlan(bits, 0) for bits in trial.widths), BitPlan(trial.widths[0], FITTING)]:
+            if plan.group_size == 0 or not trial.problems(plan):  # not every method has groups of any size
+                trial.assert_as_planned(trial.load(plan), plan)
+
+    def test_overrides_are_honoured(self, trial: Trial) -> None:
+        """With `provides.per_module` a module has its own bits, and 16 leave it as it is; without, they are refused."""
+        one = "model.layers.0.self_attn.q_proj"
+        plan = BitPlan(trial.widths[0], 0, {one: (UNQUANTIZED, 0), "*.down_proj": (trial.widths[-1], 0)})
+        problems = trial.problems(plan)
+        if not trial.plugin.provides.per_module:
+            assert problems, "provides.per_module is False, and quantizer_check lets bits of single modules pass"
+            return
+        assert not problems, f"provides.per_module is True, and bits of single modules are refused: {problems}"
+        model = trial.load(plan)
+        trial.assert_as_planned(model, plan)
+        said, real = trial.estimate(plan, "float32")[0], resident_bytes(model)
+        assert math.isclose(said, real, rel_tol=NEAR), (
+            f"quantizer_estimate overlooks bits of single modules: it says {said:,} bytes in memory, and it is {real:,}"
+        )
+
+    def test_what_is_not_quantized_stays_as_it_is(self, trial: Trial) -> None:
+        """Embeddings, norms and the head are the base's, to the bit."""
+        model = trial.load()
+        quantized = tuple(f"{name}." for name in trial.infos(model))
+        found = dict(model.named_parameters())
+        for name, expected in trial.base.named_parameters():
+            if not name.startswith(quantized):
+                assert name in found, f"{name}, which is not quantized, is gone from the model"
+                assert equal(found[name].detach(), expected.detach()), f"{name}, which is not quantized, is changed"
+
+    def test_dequantize_gives_what_forward_uses(self, trial: Trial) -> None:
+        """For each quantized module: fp32, (out, in), and the very numbers that its inputs are multiplied with."""
+        self.needs_dequantize(trial)
+        import torch
+
+        for bits in trial.widths:
+            model = trial.load(BitPlan(bits, 0))
+            for name in trial.infos(model):
+                module: Any = model.get_submodule(name)
+                weight = trial.weight(module, name)
+                with torch.no_grad():
+                    bias = 0 if getattr(module, "bias", None) is None else module.bias
+                    used = (module(torch.eye(module.in_features, device=weight.device)[None])[0] - bias).T
+                far = ((used - weight).abs().max() / weight.abs().max()).item()
+                assert far <= self.tolerance, (
+                    f"quantizer_dequantize of {name} ({bits} bits) is not what forward uses: {far:.1e} apart"
+                )
+
+    def test_the_same_seed_gives_the_same_bits(self, trial: Trial, tmp_path: Path) -> None:
+        """Whatever the state of the global generator, which is left alone."""
+        import torch
+
+        plan, runs = trial.narrow, []
+        for surroundings in (1, 2):
+            torch.manual_seed(surroundings)
+            before = torch.get_rng_state()
+            rows = trial.rows() if trial.plugin.provides.calibration else None
+            prepared = trial.prepare(plan, tmp_path / f"run-{surroundings}", rows)
+            drawn = not torch.equal(torch.get_rng_state(), before)
+            loaded = trial.from_pretrained(prepared, plan)
+            torch.set_rng_state(before)  # transformers may draw, and that is no fault of the quantizer
+            model = trial.after_load(loaded, plan)
+            assert not drawn and torch.equal(torch.get_rng_state(), before), (
+                "quantizing draws from the run's random numbers: use a generator of its own, seeded with ctx.seed"
+            )
+            runs.append({name: digest(tensor) for name, tensor in resident_tensors(model).items()})
+        differing = [name for name in runs[0] if runs[0][name] != runs[1].get(name)]
+        assert not differing, f"the same seed gives other bits the second time: {differing[:5]}"
+
+    def test_without_calibration_data_it_refuses(self, trial: Trial, tmp_path: Path) -> None:
+        """A quantizer that declares `calibration` says so where there is none, and where it is empty."""
+        skip_unless(trial.plugin.provides.calibration, "provides.calibration is False")
+        for what, rows in (("calibration=None", None), ("an empty calibration", [])):
+            with refused(f"quantizing with {what}"):
+                trial.prepare(trial.narrow, tmp_path / what, rows)
+
+    # --- files ---
+
+    def test_saved_and_reloaded_it_gives_the_same_logits(self, trial: Trial, tmp_path: Path) -> None:
+        """From the saved files alone: the base that was quantized is gone, and so is what the run cached."""
+        model = trial.load()
+        expected, modules, size = logits(model), trial.infos(model), resident_bytes(model)
+        trial.save(model, trial.narrow, tmp_path / "saved")
+        trial.source.rename(tmp_path / "no-longer-there")
+        shutil.rmtree(trial.ctx.cache, ignore_errors=True)
+        again = trial.load(source=tmp_path / "saved")
+        assert equal(logits(again), expected), "saved and loaded again, it gives other logits"
+        assert trial.infos(again) == modules, "saved and loaded again, quantizer_modules reports something else"
+        grown = resident_bytes(again)
+        assert grown <= size * (1 + NEAR), f"loaded again it takes {grown:,} bytes, and {size:,} before it was saved"
+
+    def test_a_base_of_other_bits_is_refused(self, trial: Trial, tmp_path: Path) -> None:
+        """One that is quantized already, otherwise than planned: else it would be trained on unnoticed."""
+        skip_unless(len(trial.widths) > 1, "one width alone is declared")
+        trial.save(trial.load(), trial.narrow, tmp_path / "saved")
+        plan = BitPlan(trial.widths[-1], 0)
+        with refused(f"a base saved with {trial.widths[0]} bits, under a plan of {plan.bits}"):
+            trial.load(plan, source=tmp_path / "saved")
+
+    # --- training on top ---
+
+    def test_training_on_top_leaves_the_base_alone(self, trial: Trial) -> None:
+        """Five steps of a low-rank delta lower the loss; no tensor of the base trains or changes."""
+        self.needs_trainable(trial)
+        import torch
+
+        for bits in trial.widths:
+            model = trial.load(BitPlan(bits, 0))
+            training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            assert not training, f"after quantizer_after_load(training=True) these of the base train: {training[:5]}"
+            before = {name: digest(tensor) for name, tensor in resident_tensors(model).items()}
+            delta = LowRankDelta(model, trial.infos(model))
+            optimizer = torch.optim.Adam(delta.parameters, lr=self.learning_rate)
+            first = loss(model.train()).item()
+            for _ in range(STEPS):
+                loss(model).backward()
+                idle = sum(parameter.grad is None for parameter in delta.parameters)
+                assert not idle, f"no gradient reaches {idle} of {len(delta.parameters)} tensors that train on top"
+                optimizer.step()
+                optimizer.zero_grad()
+            last = loss(model).item()
+            delta.remove()
+            after = {name: digest(tensor) for name, tensor in resident_tensors(model).items()}
+            changed = [name for name, held in before.items() if after.get(name) != held]
+            assert not changed, f"training on top changes these tensors of the base: {changed[:5]}"
+            assert last < first, (
+                f"over {bits} bits {STEPS} steps do not lower the loss: {first:.6f} before, {last:.6f} after"
+            )
+
+    def test_gradients_are_those_of_the_dequantized_weight(self, trial: Trial) -> None:
+        """What trains below a quantized module learns from a true gradient."""
+        self.needs_trainable(trial)
+        self.needs_dequantize(trial)
+        import torch
+
+        model = trial.load()
+        for name in trial.infos(model):
+            module: Any = model.get_submodule(name)
+            weight = trial.weight(module, name)
+            generator = torch.Generator().manual_seed(0)
+            x, above = (torch.randn(2, 3, n, generator=generator).to(weight.device) for n in reversed(weight.shape))
+            x.requires_grad_(True)
+            y = module(x)
+            assert y.requires_grad, f"no gradient goes through {name}"
+            y.backward(above)
+            expected = above @ weight
+            far = ((x.grad - expected).abs().max() / expected.abs().max()).item()
+            assert far <= 10 * self.tolerance, f"the gradient through {name} is not that of its weight: {far:.1e} apart"
+
+    # --- the weights themselves ---
+
+    def test_fake_quantize_agrees_with_the_real_one(self, trial: Trial) -> None:
+        """Same shape and type; and, where no calibration enters, the numbers that the quantized module holds."""
+        skip_unless(hasattr(trial.plugin, "quantizer_fake_quantize"), "quantizer_fake_quantize is not implemented")
+        import torch
+
+        for bits in trial.widths:
+            plan = BitPlan(bits, 0)
+            model, fake = trial.load(plan), trial.hooks.quantizer_fake_quantize
+            for name in trial.infos(model):
+                weight = trial.original(name)
+                for given in (weight.to(torch.bfloat16), weight.clone()):
+                    kept = given.clone()
+                    back = fake(weight=given, config=trial.config(plan), bits=bits, group_size=0, stats=None)
+                    assert back.shape == given.shape and back.dtype == given.dtype, (
+                        f"quantizer_fake_quantize turns {tuple(given.shape)} {given.dtype} into "
+                        f"{tuple(back.shape)} {back.dtype}"
+                    )
+                    assert equal(given, kept), "quantizer_fake_quantize changes the weight that it is given"
+                if trial.plugin.provides.dequantize and not trial.plugin.provides.calibration:
+                    real = trial.weight(model.get_submodule(name), name)
+                    far = ((back - real).abs().max() / real.abs().max()).item()
+                    assert far <= self.tolerance, (
+                        f"quantizer_fake_quantize of {name} ({bits} bits) is not what quantizing gives: {far:.1e} apart"
+                    )
+
+    def test_requantize_holds_the_weight_that_it_is_given(self, trial: Trial) -> None:
+        """As nearly as the bits allow, in a module that works; the module before stays as it was."""
+        skip_unless(hasattr(trial.plugin, "quantizer_requantize"), "quantizer_requantize is not implemented")
+        self.needs_dequantize(trial)
+        import torch
+
+        for bits in trial.widths:
+            plan = BitPlan(bits, 0)
+            model = trial.load(plan)
+            name = next(iter(trial.infos(model)))
+            module = model.get_submodule(name)
+            weight = trial.weight(module, name)
+            once = (weight - trial.original(name)).norm().item()
+            for what, wanted in (("its own weight", weight), ("a changed weight", weight.flip(0))):
+                new: Any = trial.hooks.quantizer_requantize(
+                    module=module, weight=wanted.clone(), config=trial.config(plan), bits=bits
+                )
+                held = trial.weight(new, name)
+                far = (held - wanted).norm().item()
+                assert far <= once, (
+                    f"{what}, put back by quantizer_requantize in {bits} bits, is {far:.3g} off; "
+                    f"quantizing it the first time was {once:.3g}"
+                )
+                with torch.no_grad():
+                    used = new(torch.eye(new.in_features, device=weight.device)[None])[0].T
+                far = ((used - held).abs().max() / held.abs().max()).item()
+                assert far <= self.tolerance, f"the module of quantizer_requantize uses other numbers: {far:.1e} apart"
+            assert equal(trial.weight(module, name), weight), "quantizer_requantize changes the module that it is given"
+
+    def needs_dequantize(self, trial: Trial) -> None:
+        skip_unless(trial.plugin.provides.dequantize, "provides.dequantize is False")
+
+    def needs_trainable(self, trial: Trial) -> None:
+        skip_unless(trial.plugin.provides.trainable, "provides.trainable is False")
