@@ -5,13 +5,15 @@
 
 A run counts as survived when the resumed one ends in the same bytes: adapter, metrics.jsonl, samples.jsonl, and the
 last checkpoint's adapter, optimizer, schedule and random numbers. Results: benchmarks/results/resume-stress.json, and
-a summary beside it.
+a summary beside it. They are of one state of the code: those of another one are forgotten, and a run under which the
+code changes ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import platform
 import random
@@ -42,6 +44,14 @@ def kills_of(operations: int, seconds: float, moments: int, seed: int) -> list[K
     ]
 
 
+def code() -> str:
+    """A hash of the sources that a run is made of."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("hyperion*/src/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--moments", type=int, default=60, help="kills at random moments")
@@ -52,7 +62,9 @@ def main() -> None:
 
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "resume-stress.json"
-    known = {} if options.fresh or not file.exists() else json.loads(file.read_text())["kills"]
+    begun = code()
+    before = {} if options.fresh or not file.exists() else json.loads(file.read_text(encoding="utf-8"))
+    known = before["kills"] if before.get("code") == begun else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_base(folder / "base")
@@ -66,9 +78,12 @@ def main() -> None:
             for kill in progress.track(kills, description="killed and resumed"):
                 if str(kill) in known:
                     continue
-                known[str(kill)] = survives(runs, config, folder / "killed", folder / "whole", [kill])
+                found = survives(runs, config, folder / "killed", folder / "whole", [kill])
                 shutil.rmtree(folder / "killed", ignore_errors=True)
-                write(file, known, whole.operations)
+                if code() != begun:
+                    sys.exit("the code was changed meanwhile: what was found says nothing; begin again")
+                known[str(kill)] = found
+                write(file, known, whole.operations, begun)
     failed = {kill: unlike for kill, unlike in known.items() if unlike}
     for kill, files in failed.items():
         print(f"NOT THE SAME: killed {kill}: {', '.join(files)}")
@@ -76,13 +91,14 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def write(file: Path, kills: dict[str, list[str]], operations: int) -> None:
+def write(file: Path, kills: dict[str, list[str]], operations: int, code: str) -> None:
     versions = {name: version(name) for name in _LIBRARIES}
     content = {
         "command": "nox -s stress",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
         "versions": {"python": platform.python_version(), **versions},
+        "code": code,
         "operations": operations,
         "kills": kills,
     }

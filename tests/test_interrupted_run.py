@@ -41,9 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         runs("train", config, "--output_dir", folder / "first", out=folder / "first")  # fills the caches
         ended = runs("train", config, "--output_dir", folder / "out", out=folder / "out")
         assert ended.code == 0, ended.output
-        assert not unlike(folder / "first", folder / "out"), (
-            "two runs of one seed differ"
-        )
+        assert not unlike(folder / "first", folder / "out"), "two runs of one seed differ"
         yield Whole(runs, config, folder / "out", ended)
 
 

@@ -91,7 +91,8 @@ def test_autocast_to_bfloat16_works_where_there_is_no_gpu(tiny_model: Path, tmp_
 def test_cut_rows_are_told(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = [{"prompt": "q", "completion": " a" * 40}] * 4
     with caplog.at_level(logging.INFO, logger="hyperion"):
-        Trainer(config(tiny_model, max_length=16)).train(prepared(long), output_dir=tmp_path / "out")
+        allowing = config(tiny_model, max_length=16).replace(audit={"allow": ["truncation"]})
+        Trainer(allowing).train(prepared(long), output_dir=tmp_path / "out")
     assert "4 of 4 rows were cut at max_length" in caplog.text
 
 

@@ -36,7 +36,7 @@ class DatasetConfig(StrictModel):
     output_template: str | None = Field(None, description="Wraps {output}; what precedes {output} is not learnt.")
     system: str | None = Field(None, description="System message, for format: chat.")
     chat_template: str | None = Field(
-        None, min_length=1, description="Jinja text, or path of a .jinja file: writes chat rows, in place of the model's."
+        None, min_length=1, description="Jinja text, or path of a .jinja file, in place of the model's."
     )
     columns: dict[str, str] | None = Field(None, description="Our field name: the column's name in the data.")
     split: str = Field("train", description="Split of a hub dataset.")

@@ -220,7 +220,7 @@ def _check_same_plan(folder: Path, plan: Plan, checkpoint: Path) -> None:
     before = _flat(old_plan.get("config", {}))
     now = _flat(plan.to_dict()["config"])
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    refused = [key for key in changed if key not in _MAY_DIFFER]
+    refused = [key for key in changed if key not in _MAY_DIFFER and not key.startswith("audit.")]
     if refused:
         raise TrainingError(
             f"the config is not the one that the run in {folder} began with",

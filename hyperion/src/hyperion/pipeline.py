@@ -15,7 +15,9 @@ from hyperion_core.config import AdapterConfig
 from hyperion_core.context import NoProgress, Progress, RunContext
 from hyperion_core.errors import DataError
 
+from .auditing import audit_encoded
 from .config import FinetuneConfig
+from .data.chat_template import read_chat_template
 from .data.identity import data_hashes, source_hash
 from .data.row_hook import RowHook
 from .disk import writing
@@ -39,11 +41,22 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
 
+    from .data.audit.findings import AuditReport
     from .data.tokenization import TokenReport
     from .engine.fit import FitResult
 
 #: The one adapter of a run has this name inside the model; PEFT's tools expect it.
 ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prepared rows, and the tokens of each of them as `tokenize_rows` gives them: (rows, tokens)."""
+
+    train: tuple[Dataset, Dataset]
+    evaluation: tuple[Dataset, Dataset] | None
+    max_length: int
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Tokens:
     evaluation: Dataset | None
     report: TokenReport
     provenance: dict[str, Any]
+    audit: AuditReport
 
 
 def run(
@@ -92,7 +106,9 @@ def run(
         try:
             base = obtain_base(planned, config, ctx)
             tokenizer, new_ids = load_tokenizer(base, config)
-            tokens = prepare_data(base, planned, config, tokenizer, ctx, train, evaluation)
+            encoded = encode_data(base, planned, config, tokenizer, ctx, train, evaluation)
+            report = audit_encoded(encoded, base, planned, config, tokenizer, ctx.progress)
+            tokens = prepare_data(encoded, report, tokenizer, ctx)
             check_same_data(folder, data_hashes(tokens.train, tokens.evaluation), resume=resume)
             write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))
             model = load_base(base, planned, config, tokenizer, new_ids, ctx)
@@ -161,15 +177,18 @@ def obtain_base(planned: Planned, config: FinetuneConfig, ctx: RunContext) -> Pa
 
 
 def load_tokenizer(base: Path, config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """The tokenizer, with the run's new tokens in it, and their ids."""
+    """The tokenizer, with the config's chat template and the run's new tokens in it, and their ids."""
     from .models.load import load_tokenizer as load
     from .models.new_tokens import add_to_tokenizer
 
     tokenizer = load(base, trust_remote_code=config.trust_remote_code)
+    given = config.dataset.chat_template if config.dataset else None
+    if given is not None:
+        tokenizer.chat_template = read_chat_template(given, config.base_dir)
     return tokenizer, add_to_tokenizer(tokenizer, config.new_tokens)
 
 
-def prepare_data(
+def encode_data(
     base: Path,
     planned: Planned,
     config: FinetuneConfig,
@@ -177,9 +196,9 @@ def prepare_data(
     ctx: RunContext,
     train: Dataset | None,
     evaluation: Dataset | None,
-) -> Tokens:
+) -> Encoded:
     """Rows to tokens and labels. The objective says what the model reads of a row."""
-    from .data.tokenization import tokenize
+    from .data.tokenization import tokenize_rows
 
     provenance: dict[str, Any] = {"kind": "given in Python"}
     if train is None:
@@ -189,25 +208,45 @@ def prepare_data(
         provenance = planned.processor.provenance()
     else:
         provenance["fingerprint"] = getattr(train, "_fingerprint", None)
+    if evaluation is not None and not len(evaluation):
+        evaluation = None
     facts = planned.facts if planned.facts.known else model_facts(resolve_source(str(base)))
     config.refuse([problem.at("training") for problem in length_problems(config.training, facts)])
     objective = planned.hooks.plugin("objective", config.objective.type)
-    tokenized = partial(
-        tokenize,
+    max_length = effective_max_length(config, facts)
+    encoded = partial(
+        tokenize_rows,
         tokenizer=tokenizer,
         sequences=RowHook(objective, config.objective),
-        max_length=effective_max_length(config, facts),
+        max_length=max_length,
         cache_dir=ctx.cache / "tokens",
         fingerprint_of=f"{source_hash(type(objective))} {config.objective.model_dump_json()}",
         progress=ctx.progress,
     )
-    tokens, report = tokenized(train)
+    read = (train, encoded(train))
+    held_out = None if evaluation is None else (evaluation, encoded(evaluation))
+    return Encoded(read, held_out, max_length, provenance)
+
+
+def prepare_data(encoded: Encoded, audit: AuditReport, tokenizer: PreTrainedTokenizerBase, ctx: RunContext) -> Tokens:
+    """What is trained and evaluated on: the rows that have something to learn.
+
+    Raises:
+        AuditError: the audit refuses the data.
+    """
+    from .data.tokenization import trainable
+
+    for finding in audit.of("warned"):
+        ctx.log.warning("audit warns: %s", finding)
+    audit.refuse()
+    ctx.log.info("%s", audit.summary())
+    tokens, report = trainable(encoded.train[1], tokenizer, encoded.max_length)
     _tell("training data", report, ctx)
     held_out = None
-    if evaluation is not None and len(evaluation):
-        held_out, evaluation_report = tokenized(evaluation)
+    if encoded.evaluation is not None:
+        held_out, evaluation_report = trainable(encoded.evaluation[1], tokenizer, encoded.max_length)
         _tell("evaluation data", evaluation_report, ctx)
-    return Tokens(tokens, held_out, report, provenance)
+    return Tokens(tokens, held_out, report, encoded.provenance, audit)
 
 
 def _tell(what: str, report: TokenReport, ctx: RunContext) -> None:
@@ -328,7 +367,11 @@ def leave_artifact(
             config,
             adapter,
             metrics=fitted.metrics,
-            data={**tokens.provenance, "tokenized": asdict(tokens.report)},
+            data={
+                **tokens.provenance,
+                "tokenized": asdict(tokens.report),
+                "audit": tokens.audit.as_data(examples=False),
+            },
         )
 
 

@@ -10,7 +10,7 @@ import typer
 from hyperion_core.errors import HyperionError
 from hyperion_core.secrets import RedactedStream
 
-from . import lock, plugins, schema, train, validate
+from . import data, lock, plugins, schema, train, validate
 from .usage import ClickError, explained
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("validate")(validate.validate)
 app.command("train")(train.train)
 app.command("lock")(lock.lock)
 app.command("schema")(schema.schema)
+app.add_typer(data.app, name="data")
 app.add_typer(plugins.app, name="plugins")
 
 

@@ -71,6 +71,6 @@ def _check(text: str) -> None:
     if "messages" not in text:
         raise DataError(
             "the chat template reads no messages",
-            why='a chat template is Jinja over `messages`; this is another text',
+            why="a chat template is Jinja over `messages`; this is another text",
             fix="give the template itself, or the path of a .jinja file",
         )

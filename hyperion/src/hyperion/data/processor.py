@@ -181,6 +181,13 @@ class DatasetProcessor:
             **known,
         }
 
+    def literals(self) -> tuple[str, ...]:
+        """The templates' own texts that every prepared row holds; none unless they are instruction rows."""
+        if self._prepared.get("format") != "instruction":
+            return ()
+        used = (self._templates.instruction, self._templates.output)
+        return tuple(text for each in used for text in (each.before, each.after) if text.strip())
+
     def _layout(self, found: Sequence[str]) -> Layout:
         layout = detect_layout(found, self._source.label, format=self._arguments["format"], columns=self._columns)
         problems = effect_problems(self._arguments, layout.format)

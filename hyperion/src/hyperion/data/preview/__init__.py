@@ -1,0 +1,1 @@
+"""What a run will read, made visible before it: `hyperion data preview`."""

@@ -1,0 +1,145 @@
+"""What a preview shows, apart from how it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .figures import Bar, Packing, Padding
+from .spans import Span
+
+_ROWS_NAMED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of the training data. `number` counts from 0, as the audit does; `uncut` are its tokens before a cut."""
+
+    number: int
+    tokens: int
+    learnt: int
+    uncut: int
+    spans: list[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitFigures:
+    """One of the two data sets in figures. Lengths are before any cut; `cut` holds row numbers from 0."""
+
+    name: str
+    rows: int
+    tokens: int
+    learnt: int
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+    cut: list[int]
+    dropped: int
+    batch_size: int
+    pass_over: Padding
+    bars: list[Bar]
+
+    @property
+    def learnt_share(self) -> float:
+        return self.learnt / max(1, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """What one check of the audit found; `details` are lines of why, fix and examples."""
+
+    name: str
+    state: Literal["ok", "warned", "refused"]
+    what: str
+    details: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Everything that is shown of a config's data.
+
+    `packed_steps` is what `steps` would be with packs for rows, at the same batch size.
+    """
+
+    config: str
+    base_model: str
+    dataset: str
+    max_length: int
+    samples: list[Sample]
+    splits: list[SplitFigures]
+    steps: int
+    schedule: str
+    packed: Packing
+    packed_steps: int
+    audit_summary: str = ""
+    audit: list[AuditLine] = field(default_factory=list)
+
+
+def figure_rows(preview: Preview) -> list[tuple[str, list[str]]]:
+    """The table of totals: a label, and a text for each split."""
+    splits = preview.splits
+    table = [
+        ("rows", [f"{split.rows:,}" for split in splits]),
+        ("tokens", [f"{split.tokens:,}" for split in splits]),
+        ("learnt tokens", [f"{split.learnt:,} ({percent(split.learnt_share)})" for split in splits]),
+        ("tokens a row", [f"{s.shortest:,} to {s.longest:,}, median {s.median:,}, 95% ≤ {s.p95:,}" for s in splits]),
+        ("cut at max_length", [f"{len(split.cut):,}" for split in splits]),
+        ("left out, nothing to learn", [f"{split.dropped:,}" for split in splits]),
+        ("batches", [f"{split.pass_over.batches:,} of {split.batch_size}" for split in splits]),
+        ("padding", [f"{split.pass_over.padding:,} ({percent(split.pass_over.share)})" for split in splits]),
+        ("optimizer steps", [f"{preview.steps:,}" if number == 0 else "–" for number in range(len(splits))]),
+    ]
+    return table
+
+
+def packing_rows(preview: Preview) -> list[tuple[str, str, str]]:
+    """What packing would do: a label, what it is now, what it would be."""
+    now, then = preview.splits[0].pass_over, preview.packed
+    then_share = then.padding / max(1, then.packs * then.size)
+    return [
+        ("rows to read", f"{preview.splits[0].rows:,} rows", f"{then.packs:,} packs of up to {then.size:,} tokens"),
+        ("filled with tokens", percent(1 - now.share), percent(then.fill)),
+        ("padding", f"{now.padding:,} ({percent(now.share)})", f"{then.padding:,} ({percent(then_share)})"),
+        ("optimizer steps", f"{preview.steps:,}", f"{preview.packed_steps:,}"),
+    ]
+
+
+def packing_note(preview: Preview) -> str:
+    """What packing would spare, and that this version does not pack."""
+    saved = preview.splits[0].pass_over.padding - preview.packed.padding
+    if saved > 0:
+        effect = f"Packing would save {saved:,} padding tokens an epoch."
+    else:
+        effect = f"Packing would not help: it would add {-saved:,} padding tokens an epoch." if saved else ""
+    return f"{effect} This version trains padded batches, and does not pack.".strip()
+
+
+def named_rows(numbers: Sequence[int]) -> str:
+    """ "rows 3, 17 and 29", with how many more there are after a dozen."""
+    shown = [str(number) for number in numbers[:_ROWS_NAMED]]
+    more = len(numbers) - len(shown)
+    if more:
+        return f"rows {', '.join(shown)} and {more:,} more"
+    return f"row {shown[0]}" if len(shown) == 1 else f"rows {', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def percent(share: float) -> str:
+    """One decimal; never 0.0% of something, nor 100.0% of less than everything."""
+    if 0 < share < 0.001:
+        return "<0.1%"
+    if 0.999 < share < 1:
+        return ">99.9%"
+    return f"{share:.1%}"
+
+
+def sample_line(sample: Sample, preview: Preview) -> str:
+    """The line above a sample."""
+    text = f"row {sample.number} of {preview.splits[0].rows + preview.splits[0].dropped}: "
+    text += f"{sample.tokens:,} tokens, {sample.learnt:,} learnt"
+    if sample.uncut > sample.tokens:
+        text += f"; cut from {sample.uncut:,} at max_length, so its end is not learnt"
+    if not sample.learnt:
+        text += "; left out of training"
+    return text
