@@ -60,7 +60,9 @@ def tests(session: nox.Session) -> None:
     """All tests, with the coverage of core and framework. `nox -s tests -- PYTEST_ARGUMENTS` runs a part, ungated."""
     install_everything(session, "[dev]")
     gate = ["--cov=hyperion", "--cov=hyperion_core", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
-    session.run("pytest", *(session.posargs or gate), env=OFFLINE)
+    # a file's tests stay together, for they share what is costly to set up; each process of pytest holds a torch
+    spread = ["--numprocesses", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile"]
+    session.run("pytest", *(session.posargs or [*gate, *spread]), env=OFFLINE)
 
 
 @nox.session

@@ -214,7 +214,7 @@ CASES: tuple[Case, ...] = (
          trained([CHAT] * 4, template("{{ raise_exception('no user turn') }}")),
          "the chat template refuses", "no user turn"),
     case("prompts so long that no answer is left",
-         trained([{"prompt": "Why? " * 40, "completion": "So."}] * 4, training={"max_length": 64}),
-         "no row has anything to learn", "max_length"),
+         trained([{"prompt": f"Why {n}? " * 40, "completion": "So."} for n in range(4)], training={"max_length": 64}),
+         "max_length 64 removes the answers of", "max_length"),
     case("a hub dataset, and no network", _offline, "the dataset owner/data cannot be loaded"),
 )  # fmt: skip

@@ -34,7 +34,8 @@ def errors_page(outcomes: Iterable[tuple[Case, str]]) -> str:
 
 
 def _cell(error: str) -> str:
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    log, begin, rest = error.partition("error: ")  # what was logged before it is not the error
+    lines = [line.strip() for line in (begin + rest or log).splitlines() if line.strip()]
     shown = [_code(line) for line in lines[:_MOST_LINES]]
     return "<br>".join(shown + (["…"] if len(lines) > _MOST_LINES else []))
 
