@@ -114,7 +114,7 @@ def write(file: Path, kills: dict[str, list[str]], operations: int, code: str) -
         + ", ".join(f"{name} {number}" for name, number in content["versions"].items()) + ".", "",
         f"A tiny run (3 epochs, accumulation, dropout, evaluations, rotation) makes {operations} changes on the disk. "
         "It was killed, resumed, and compared with one that was not: adapter, `metrics.jsonl`, `samples.jsonl`, and "
-        "the last checkpoint's adapter, optimizer, schedule and random numbers.", "",
+        "the last checkpoint's adapter, optimizer, schedule, random numbers and trainer state.", "",
         "| killed | times | the same bytes |", "| --- | --- | --- |",
         *(f"| {kind} | {len(names)} | {sum(not kills[name] for name in names)} |" for kind, names in kinds.items()),
     ]  # fmt: skip

@@ -25,6 +25,7 @@ from typing import Any
 
 _CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_TIMES = ("runtime", "seconds", "_per_second")
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -116,15 +117,22 @@ def survives(runs: Runs, config: Path, out: Path, whole: Path, kills: Sequence[K
 
 def unlike(out: Path, whole: Path) -> list[str]:
     """Files of two finished runs that are not the same bytes: adapter, figures, samples, and the last checkpoint's
-    adapter, optimizer, schedule and random numbers."""
+    adapter, optimizer, schedule, random numbers and, but for times and places, the trainer's state."""
     names = ["adapter_model.safetensors", "metrics.jsonl", "samples.jsonl"]
     last = max(whole.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])).name
-    names += [f"{last}/{name}" for name in (*_STATE, "adapter/adapter_model.safetensors")]
-    return [name for name in names if not (out / name).exists() or content(out / name) != content(whole / name)]
+    names += [f"{last}/{name}" for name in (*_STATE, "adapter/adapter_model.safetensors", "trainer_state.json")]
+    return [name for name in names if not (out / name).exists() or _content(out / name) != _content(whole / name)]
 
 
-def content(path: Path) -> Any:
-    return path.read_bytes()
+def _content(path: Path) -> Any:
+    if path.name != "trainer_state.json":
+        return path.read_bytes()
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["best_model_checkpoint"] = Path(state["best_model_checkpoint"] or "").name
+    state["log_history"] = [
+        {name: value for name, value in line.items() if not name.endswith(_TIMES)} for line in state["log_history"]
+    ]
+    return state
 
 
 # --- the server ---

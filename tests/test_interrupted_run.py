@@ -90,6 +90,7 @@ def signalled(config: Path, out: Path, signum: int, when) -> tuple[int, str]:  #
     process = subprocess.Popen(
         [sys.executable, "-m", "hyperion", "train", str(config), "--output_dir", str(out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     )  # fmt: skip
     while not when():
         assert process.poll() is None, process.communicate()[1]

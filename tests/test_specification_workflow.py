@@ -62,7 +62,7 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
             gradient_accumulation_steps=4,
             lr_scheduler="cosine",
             per_device_train_batch_size=2,
-            max_length=256,
+            max_length=768,
         ),
     )
     processor = DatasetProcessor(

@@ -86,23 +86,27 @@ def _checked(folder: Path, *, resume: bool) -> Path:
 def _held(folder: Path) -> Iterator[None]:
     """Made if need be, and locked: the system lets go of the lock of a run that was killed."""
     lock = FileLock(folder / _IN_USE)
-    try:
+    others = False
+    try:  # a signal may come at any line of this
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        yield
     except Timeout as error:
+        others = True
         raise TrainingError(
             f"another run is writing into {folder}",
             why=f"it holds {_IN_USE} there, and two runs would mix their files",
             fix="wait until it has ended, or choose another output_dir",
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        if lock.is_locked:  # it is the run's own
+            raise
         raise _unwritable(folder, error) from error
-    try:
-        yield
     finally:
-        with suppress(OSError):  # in a folder that has vanished there is none
-            (folder / _IN_USE).unlink(missing_ok=True)
-        lock.release()
+        if not others:
+            with suppress(OSError, ValueError):  # in a folder that has vanished there is none
+                (folder / _IN_USE).unlink(missing_ok=True)
+            lock.release()
 
 
 def _check_place(folder: Path) -> None:

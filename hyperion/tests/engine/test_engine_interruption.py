@@ -24,6 +24,10 @@ SETTINGS = {
         "eval_strategy": "steps", "eval_steps": 2, "save_steps": 4, "load_best_model_at_end": True,
         "save_total_limit": 1, "learning_rate": 0.5,
     },
+    "patience": {
+        "eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch", "num_train_epochs": 4,
+        "load_best_model_at_end": True, "learning_rate": 0.5,
+    },
     "never": {"save_strategy": "no", "max_steps": 7, "train_sampling_strategy": "group_by_length"},
 }  # fmt: skip
 
@@ -39,7 +43,7 @@ def run_in(tiny, folder, name):
 
 def fit(run, name, resume=None):
     torch.manual_seed(0 if resume is None else 777)  # a new process has other random numbers
-    return run.fit(resume=resume, samples=1, patience=3 if name == "best" else None)
+    return run.fit(resume=resume, samples=1, patience={"best": 3, "patience": 1}.get(name))
 
 
 @pytest.fixture
@@ -75,6 +79,7 @@ MOMENTS = [
     *[("best", Engine, "training_step", call) for call in (4, 7, 8)],
     *[("best", Engine, "evaluation_loop", call) for call in (1, 2, 4)],
     ("best", SampleWriter, "_answer", 3),
+    *[("patience", Engine, "evaluation_loop", call) for call in (1, 2)],
     ("never", Engine, "training_step", 5),
     ("never", Engine, "training_step", 13),
 ]
@@ -113,7 +118,9 @@ def test_a_run_that_a_signal_ended_goes_on_exactly(
     assert result.metrics["train_loss"] == expected.metrics["train_loss"]
     assert result.metrics.get("eval_loss") == expected.metrics.get("eval_loss")
     last = latest_checkpoint(folder)
-    if last is not None and name != "best":  # there, which one is kept depends on when the run was stopped
+    if (
+        last is not None and "load_best_model_at_end" not in SETTINGS[name]
+    ):  # there, which one is kept depends on when the run was stopped
         assert latest_checkpoint(tmp_path / "run").name == last.name
         for file in STATE:
             assert equal(load(tmp_path / "run" / last.name / file), load(last / file)), file
@@ -133,17 +140,35 @@ def equal(one, other):
     return (one == other) if not hasattr(one, "shape") else bool((one == other).all())
 
 
-def test_signals_one_after_the_other_still_end_where_no_signal_does(tiny, whole_runs, tmp_path, signal_at):
-    folder, whole, expected = whole_runs["steps"]
+@pytest.mark.parametrize(
+    "name, moments",
+    [
+        ("steps", [("training_step", 3), ("training_step", 4), ("training_step", 4), ("training_step", 5)]),
+        ("epochs", [("evaluation_loop", 1), ("training_step", 3)]),  # the end of an epoch is not made up for twice
+    ],
+)
+def test_signals_one_after_the_other_still_end_where_no_signal_does(
+    name, moments, tiny, whole_runs, tmp_path, signal_at, monkeypatch
+):  # fmt: skip
+    folder, whole, expected = whole_runs[name]
     checkpoint = None
-    for call in (3, 4, 4, 5):
-        restore = signal_at(Engine, "training_step", call)
+    for method, call in moments:
+        restore = signal_at(Engine, method, call)
         with pytest.raises(Interrupted) as caught:
-            fit(run_in(tiny, tmp_path / "run", "steps"), "steps", resume=checkpoint)
+            fit(run_in(tiny, tmp_path / "run", name), name, resume=checkpoint)
         restore()
         checkpoint = caught.value.checkpoint
-    resumed = run_in(tiny, tmp_path / "run", "steps")
-    result = fit(resumed, "steps", resume=checkpoint)
+        if name == "epochs" and method == "evaluation_loop":  # made up for, and then killed
+
+            def die(self, *args, **kwargs):
+                raise ZeroDivisionError
+
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(Engine, "training_step", die)
+                fit(run_in(tiny, tmp_path / "run", name), name, resume=checkpoint)
+            checkpoint = latest_checkpoint(tmp_path / "run")
+    resumed = run_in(tiny, tmp_path / "run", name)
+    result = fit(resumed, name, resume=checkpoint)
     before, after = whole.trained(expected.model), resumed.trained(result.model)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
@@ -164,6 +189,15 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_trains_no_further(name
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.fixture
+def ctrl_c():
+    """As in the foreground: what a shell starts in the background, tests too, ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_signal_ends_at_once():
     def twice():
         with Interruption() as interruption:
@@ -176,6 +210,7 @@ def test_the_second_signal_ends_at_once():
     assert not isinstance(caught.value, Interrupted)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_handlers_are_given_back_and_foreign_ones_are_left_alone(monkeypatch):
     own = []
     before = signal.signal(signal.SIGTERM, lambda *_: own.append(1))
@@ -189,6 +224,7 @@ def test_handlers_are_given_back_and_foreign_ones_are_left_alone(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_outside_the_main_thread_nothing_is_touched():
     seen = []
 

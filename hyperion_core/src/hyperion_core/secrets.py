@@ -7,6 +7,7 @@ place in a URL, and shows `***` instead.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -42,7 +43,9 @@ def redacted(text: str) -> str:
 
 
 def hide_in_logs(logger: logging.Logger) -> None:
-    """Mask the secrets in everything that is logged with it. Doing so twice does no harm."""
+    """Mask the secrets in what is logged with this very logger, tracebacks too; its children need their own call.
+
+    Doing so twice does no harm."""
     logger.addFilter(_mask)
 
 
@@ -88,7 +91,9 @@ def _secrets() -> Iterator[str]:
             continue
         for line in value.splitlines():
             if len(line.strip()) >= _SHORTEST:
-                found |= {line.strip(), quote(line.strip(), safe="")}
+                secret = line.strip()
+                # as it is, in a URL, in JSON, and as Python shows it
+                found |= {secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1]}
     return iter(sorted(found, key=len, reverse=True))
 
 
@@ -98,4 +103,6 @@ def _mask(record: logging.LogRecord) -> bool:
     masked = redacted(shown)
     if masked != shown:
         record.msg, record.args = masked, ()
+    if record.exc_info:
+        record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
     return True

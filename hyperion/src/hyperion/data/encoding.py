@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import DataError
@@ -24,6 +25,15 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANCHORS = ("\n", ":", "a")
 
 Encoded = tuple[list[int], list[bool]]
+
+# Llama 3's own template takes this day where it is given no clock.
+_TODAY = datetime(2024, 7, 26)
+
+
+def strftime_now(form: str) -> str:
+    """What a chat template that writes today's date is told: always the same day, so that the same rows are the same
+    tokens on every day, in the cache and when a run is resumed."""
+    return _TODAY.strftime(form)
 
 
 class Encoder:
@@ -159,7 +169,8 @@ class Encoder:
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
-            return self.tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+            given = [dict(message) for message in messages]
+            return self.tokenizer.apply_chat_template(given, strftime_now=strftime_now, **options)
         except TemplateSyntaxError as error:
             raise DataError(
                 "the tokenizer's chat template is not valid Jinja",

@@ -114,12 +114,14 @@ class CheckpointedTrainer(Trainer):
             return
         state = read_json(self._resume / ENGINE_STATE)
         left, figures, control = state["left"], state["step_figures"], self.control
+        self.at_epoch_end(state["in_epoch_end"])
         if left:  # what is written now holds the random numbers with which the run goes on
             self._load_rng_state(str(self._resume))
         control.should_log, control.should_evaluate, control.should_save = False, EVALUATION in left, SAVE in left
         if EVALUATION in left or SAVE in left:
             self._finish(figures)
-        if EPOCH_END in left or (left and control.should_training_stop):
+        stops = bool(left) and control.should_training_stop  # the evaluation that was made up for may have decided so
+        if EPOCH_END in left or (stops and not state["in_epoch_end"]):
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, control)
             self._finish(figures)
 
@@ -186,6 +188,7 @@ class CheckpointedTrainer(Trainer):
             "figures": self.figures.state(),
             "step_figures": self._step_figures,
             "left": self._still_to_do(),
+            "in_epoch_end": self._in_epoch_end,
             "log_sizes": self._log_sizes,
         }
 

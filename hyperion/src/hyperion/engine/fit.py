@@ -124,6 +124,8 @@ def fit(
         engine.check_head()
         hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
         finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
+        if interruption.requested:
+            ctx.log.warning("training was over when the signal came: the artifact is written")
     state = engine.state
     best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
     load_best = bool(args.load_best_model_at_end and best and state.best_global_step != state.global_step)

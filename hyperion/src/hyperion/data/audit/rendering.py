@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..encoding import strftime_now
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +29,8 @@ class Template:
             return None
         try:
             given = [dict(message) for message in messages]
-            return str(self._tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt))
+            options = {"tokenize": False, "add_generation_prompt": prompt, "strftime_now": strftime_now}
+            return str(self._tokenizer.apply_chat_template(given, **options))
         except Exception:  # whatever somebody's Jinja runs into: that row is then judged by its contents alone
             return None
 
