@@ -142,6 +142,14 @@ def test_chat_templates_that_do_not_serve(template, what, fix):
     assert fix in caught.value.fix
 
 
+def test_a_template_that_writes_todays_date_gives_the_same_tokens_on_every_day():
+    template = "{{ strftime_now('%d %B %Y') }}|" + CHATML
+    tokenizer = byte_tokenizer(chat_template=template)
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
+    tokens, _ = run(rows, tokenizer)
+    assert tokenizer.decode(tokens[0]["input_ids"]).startswith("26 July 2024|")
+
+
 def test_chat_template_without_end_of_turn_gets_an_end_of_sequence():
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -28,12 +28,14 @@ Encoded = tuple[list[int], list[bool]]
 
 # Llama 3's own template takes this day where it is given no clock.
 _TODAY = datetime(2024, 7, 26)
+_ASKS_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
-def strftime_now(form: str) -> str:
-    """What a chat template that writes today's date is told: always the same day, so that the same rows are the same
-    tokens on every day, in the cache and when a run is resumed."""
-    return _TODAY.strftime(form)
+def template_of_one_day(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; where it writes today's date, always the same day, so that the same rows are the same tokens
+    on every day, in the cache and when a run is resumed."""
+    template = str(tokenizer.get_chat_template())
+    return _ASKS_TODAY.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
 
 
 class Encoder:
@@ -170,7 +172,8 @@ class Encoder:
 
         try:
             given = [dict(message) for message in messages]
-            return self.tokenizer.apply_chat_template(given, strftime_now=strftime_now, **options)
+            template = template_of_one_day(self.tokenizer)
+            return self.tokenizer.apply_chat_template(given, chat_template=template, **options)
         except TemplateSyntaxError as error:
             raise DataError(
                 "the tokenizer's chat template is not valid Jinja",

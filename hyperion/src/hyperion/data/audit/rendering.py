@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..encoding import strftime_now
+from ..encoding import template_of_one_day
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,8 @@ class Template:
             return None
         try:
             given = [dict(message) for message in messages]
-            options = {"tokenize": False, "add_generation_prompt": prompt, "strftime_now": strftime_now}
+            template = template_of_one_day(self._tokenizer)
+            options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template}
             return str(self._tokenizer.apply_chat_template(given, **options))
         except Exception:  # whatever somebody's Jinja runs into: that row is then judged by its contents alone
             return None
