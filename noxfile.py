@@ -120,7 +120,7 @@ def wheels(session: nox.Session) -> None:
     session.install("--no-index", "--no-deps", *map(str, built))  # no index is asked for a name of ours
     session.run("python", "-m", "pip", "check")
 
-    outside = Path(shutil.copy(ROOT / "tests" / "wheel_smoke.py", session.create_tmp()))
+    outside = Path(shutil.copy(ROOT / "tests" / "wheel_smoke.py", session.create_tmp())).resolve()
     session.chdir(outside.parent)  # from here on, nothing of the checkout is on the path
     clean = {**OFFLINE, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
     session.run("hyperion", "plugins", "doctor", env=clean)

@@ -5,7 +5,7 @@ so that a run costs a second. A child is killed in one of two ways, of which nei
 
 - at an operation on the disk: Python tells an audit hook (PEP 578) of every file that is opened to be written, renamed
   or removed; the child counts those below its output folder and ends at the n-th with `os._exit`, before it is done.
-  `cut` leaves half of the file that was opened last, as if it were still being written;
+  `cut` leaves half of what was written to the file that was opened last, as if the rest were still to come;
 - after some seconds: SIGKILL, wherever it is then, native code included.
 """
 
@@ -178,7 +178,7 @@ def _become_a_run(arguments: list[str], out: Path, kill: Kill, log: Path, count:
     os.dup2(descriptor, 2)
     os.setsid()
     seen = 0
-    opened: list[str] = []
+    opened: list[tuple[str, int]] = []  # paths, and the bytes that were there before
     prefix = str(out) + os.sep
 
     def watch(event: str, given: tuple[Any, ...]) -> None:
@@ -193,11 +193,13 @@ def _become_a_run(arguments: list[str], out: Path, kill: Kill, log: Path, count:
             return
         seen += 1
         if seen == kill.operation:
-            if kill.cut and opened and os.path.isfile(opened[-1]):
-                os.truncate(opened[-1], os.path.getsize(opened[-1]) // 2)
+            if kill.cut and opened and os.path.isfile(opened[-1][0]):
+                file, before = opened[-1]
+                os.truncate(file, before + max(os.path.getsize(file) - before, 0) // 2)
             os._exit(99)
         if event == "open":
-            opened.append(path)
+            kept = os.path.isfile(path) and not given[2] & os.O_TRUNC
+            opened.append((path, os.path.getsize(path) if kept else 0))
 
     from hyperion.cli.main import run
 
