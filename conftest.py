@@ -22,6 +22,13 @@ for name in ("hyperion", "hyperion_adapters_ia3", "hyperion_adapters_lora"):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 
+# The same examples in every run: a test must not pass by luck. `pytest --hypothesis-profile=default` draws new ones.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
+
 pytest_plugins = ["hyperion_core.testing.fixtures"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import logging
 import os
@@ -14,10 +15,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hyperion_core.artifact import write_json
+from hyperion_core.artifact import Artifact, read_json, write_json
 from hyperion_core.errors import ConfigError, ModelError, Problem
-from hyperion_core.secrets import redacted
+from hyperion_core.plan import Choice, Plan
+from hyperion_core.secrets import RedactedStream, hide_in_logs, redacted
 from hyperion_core.testing.fixtures import Command, CommandResult, FakeDistributions
+
+from hyperion.cli.json_output import print_json
+from hyperion.config import FinetuneConfig
+from hyperion.governance.model_card import model_card
 
 SECRETS = {
     "HF_TOKEN": "canary-hub-7f3a9c",
@@ -29,8 +35,9 @@ SECRETS = {
 IN_URL = "canary-url-2c4e"
 ENVIRONMENT = {**SECRETS, "HTTPS_PROXY_OF_MINE": f"http://me:{IN_URL}@proxy.example"}
 
-# A careless plugin: it logs, and raises, all that it finds in the environment.
+# A careless plugin: it logs, with a handler of its own too, and raises, all that it finds in the environment.
 CARELESS = """
+import logging
 import os
 from hyperion_core.config import PluginConfig
 from hyperion_core.kinds import Observer
@@ -38,10 +45,14 @@ from hyperion_core.kinds import Observer
 def environment():
     return " ".join(f"{name}={value}" for name, value in os.environ.items())
 
+log = logging.getLogger("hyperion.careless")
+log.addHandler(logging.FileHandler("careless.log"))
+
 class Careless(Observer):
     config_class = PluginConfig
     def run_start(self, plan, ctx):
         ctx.log.warning("started with %s", environment())
+        log.warning("started with %s", environment())
         print(environment())
     def run_step(self, step, metrics, ctx):
         raise RuntimeError(environment())
@@ -95,6 +106,7 @@ def test_a_run_leaves_no_secret_behind(
     assert "started with" in done.stderr
     assert "HF_TOKEN=***" in done.stderr
     assert "HF_TOKEN=***" in done.stdout
+    assert "HF_TOKEN=***" in (tmp_path / "careless.log").read_text(encoding="utf-8")
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"plan.json", "README.md", "hyperion.lock", "trainer_state.json"} <= {path.name for path in written}
     assert not {path: found for path in written if (found := leaks(path.read_bytes()))}
@@ -211,6 +223,61 @@ def test_every_way_out_is_masked(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not leaks(write_json(tmp_path / "plan.json", {"said": text}).read_bytes())
     logging.getLogger("hyperion").warning("said: %s", text)
     assert caplog.messages == ["said: *** *** *** ***"]
+
+
+@pytest.mark.usefixtures("secrets")
+def test_loggers_below_ours_are_masked_for_their_own_handlers_too(capsys: pytest.CaptureFixture[str]) -> None:
+    log, told = logging.getLogger("hyperion.canary.below"), io.StringIO()
+    log.addHandler(handler := logging.StreamHandler(told))
+    log.propagate = False  # pytest's own handler would raise where others tell
+    try:
+        hide_in_logs(logging.getLogger("hyperion"))
+        log.warning("said: %s", SECRETS["HF_TOKEN"])
+        log.warning("%d does not fit", "this")  # told as logging tells it, never raised
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
+    assert told.getvalue() == "said: ***\n"
+    assert "does not fit" in capsys.readouterr().err
+
+
+FIGURES = {"tokens": 12345678, "loss": 1.123456789, "said": "PIN 12345678", "each": [12345678, {"12345678": True}]}
+MASKED = {**FIGURES, "said": "PIN ***", "each": [12345678, {"***": True}]}
+
+
+@pytest.fixture
+def pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret that looks like the figures of a run."""
+    monkeypatch.setenv("ACME_PASSWORD", "12345678")
+    monkeypatch.setenv("ACME_TOKEN", "1.123456")
+
+
+@pytest.mark.usefixtures("pin")
+def test_a_secret_of_digits_takes_no_figure_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_json(write_json(tmp_path / "plan.json", FIGURES)) == MASKED
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", RedactedStream(shown))
+    print_json(FIGURES)
+    assert json.loads(shown.getvalue()) == MASKED
+
+
+@pytest.mark.usefixtures("pin")
+def test_the_model_card_keeps_its_figures_and_no_secret(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path, {"type": "lora"}, {"eval_loss": 1.123456}, {"acme": "1"}, FIGURES)
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps({"step": 12345678, "prompt": "PIN?", "expected": "12345678", "generated": "12345678."}) + "\n"
+    )
+    plan = Plan({}, (Choice("adapter", "lora", "acme", "1", "installed"),), "cpu", "float32", {"pin": "12345678"},
+                steps=12345678)  # fmt: skip
+    card = model_card(artifact, plan, FinetuneConfig(base_model="owner/model", adapter="lora"))
+    assert "| steps | 12345678 |" in card
+    assert "| eval_loss | 1.12346 |" in card
+    assert "| tokens | 12345678 |" in card
+    assert "| loss | 1.123456789 |" in card
+    assert "(step 12345678)" in card
+    assert "| pin | *** |" in card
+    assert "| said | PIN *** |" in card
+    assert card.count("    ***") == 2  # of the sample
 
 
 @pytest.mark.usefixtures("secrets")

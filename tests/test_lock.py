@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hyperion_core.artifact import sha256
+from hyperion_core.context import NoProgress
 from hyperion_core.errors import ArtifactError, ModelError
 from hyperion_core.testing.tiny import save_tiny_base
 
-from hyperion.lock import read_lock, write_lock
+from hyperion.config import FinetuneConfig
+from hyperion.lock import gather_for, read_lock, write_lock
+from hyperion.planning import make_plan
 
 
 @pytest.fixture
@@ -71,6 +77,31 @@ def test_every_drift_is_refused_and_named(config: Path, cli) -> None:
         assert named in done.stderr, done.stderr
     assert "config.json:" not in done.stderr and "tokenizer.json" not in done.stderr, "something unchanged is named"
     assert not (folder / "out").exists(), "something was written although the run was refused"
+
+
+def test_the_base_is_hashed_once_in_a_process_and_again_once_it_has_changed(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+
+    def counting(path: Path, *progress: Callable[[int], None]) -> str:
+        hashed.append(path.name)
+        return sha256(path, *progress)
+
+    monkeypatch.setattr("hyperion.lock.sha256", counting)
+    planned = make_plan(FinetuneConfig.from_file(config))
+    first = gather_for(planned, NoProgress())["model"]
+    assert sorted(hashed) == sorted(set(first) - {"name"})
+    hashed.clear()
+    assert gather_for(planned, NoProgress())["model"] == first and not hashed
+    weights = config.parent / "base" / "model.safetensors"
+    before = weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times does
+    assert gather_for(planned, NoProgress())["model"]["model.safetensors"] == sha256(weights)
+    assert hashed == ["model.safetensors"]
 
 
 def test_a_lock_that_does_not_know_the_run_is_named(config: Path, cli) -> None:

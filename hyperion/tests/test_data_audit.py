@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import datasets
 import pytest
+from byte_tokenizer import CHATML, LLAMA2, byte_tokenizer
 from hyperion_core.errors import ConfigError, HyperionError
 from hyperion_core.facts import Segment, Sequence
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from hyperion.config import FinetuneConfig
 from hyperion.data import DatasetProcessor
@@ -18,14 +17,6 @@ from hyperion.data.audit import CHECKS, AuditConfig, AuditError
 from hyperion.data.audit.audit import AuditedData, audit
 from hyperion.data.tokenization import tokenize_rows
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
-)
 LLAMA3 = (
     "<s>{% for m in messages %}<|im_start|>{{ m['role'] }}<|sep|>\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<|sep|>\n\n{% endif %}"
@@ -39,25 +30,6 @@ PLAIN = (
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-
-
-def byte_tokenizer(
-    *, chat_template=CHATML, adds_bos=False, eos="<|im_end|>", specials=("<|im_start|>", "<|im_end|>", "<|sep|>")
-):
-    """A token a byte; padding is the end of sequence, as in many models of the field."""
-    specials = ["<s>", "</s>", *specials]
-    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=eos,
-        additional_special_tokens=[token for token in specials if token not in ("<s>", eos)],
-    )  # fmt: skip
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 def sft(row):

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import jinja2
 import pytest
+from byte_tokenizer import CHATML, LLAMA2
 
 from hyperion.data.chat import PrefixBroken, assistant_segments
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
-)
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 # Qwen3's: only the last answer is rendered with a thinking block, which its generation prompt leaves to the model.
 THINKING_LAST = (

@@ -16,7 +16,7 @@ from hyperion_core.facts import Segment, Sequence
 from hyperion_core.testing.tiny import tiny_tokenizer
 
 from hyperion.data import DatasetProcessor
-from hyperion.data.tokenization import tokenize
+from hyperion.data.tokenization import tokenize_rows
 from hyperion.models.cache import check_caches
 
 Damage = Callable[[Path], None]
@@ -80,7 +80,7 @@ def test_damaged_tokens_are_made_again(damage: Damage, rows: Path, tmp_path: Pat
     def tokens() -> list[dict[str, Any]]:
         prepared, _ = DatasetProcessor(rows).prepare()
         options = {"max_length": 100, "fingerprint_of": "sft", "cache_dir": tmp_path / "tokens"}
-        return tokenize(prepared, tiny_tokenizer(), sft, **options)[0].to_list()  # type: ignore[arg-type]
+        return tokenize_rows(prepared, tiny_tokenizer(), sft, **options).to_list()  # type: ignore[arg-type]
 
     whole = tokens()
     damage(only(tmp_path / "tokens", "*.arrow"))
@@ -106,7 +106,7 @@ except DataError as error:
 FULL_TOKENS = """
 import resource, signal
 from hyperion.data import DatasetProcessor
-from hyperion.data.tokenization import tokenize
+from hyperion.data.tokenization import tokenize_rows
 from hyperion_core.errors import DataError
 from hyperion_core.facts import Segment, Sequence
 from hyperion_core.testing.tiny import tiny_tokenizer
@@ -117,7 +117,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 def sft(row):
     return [Sequence(segments=tuple(Segment(**segment) for segment in row["segments"]))]
 try:
-    tokenize(prepared, tokenizer, sft, max_length=512, fingerprint_of="x", cache_dir="tokens")
+    tokenize_rows(prepared, tokenizer, sft, max_length=512, fingerprint_of="x", cache_dir="tokens")
 except DataError as error:
     print(error)
 """

@@ -145,6 +145,55 @@ def test_validation_split_by_rows_and_at_least_one():
         DatasetProcessor(ROWS, validation_split=40).prepare()
 
 
+def texts(dataset):
+    return [" ".join(segment["text"] for segment in row["segments"]).lower().split() for row in dataset]
+
+
+def test_copies_of_a_row_are_never_parted_and_the_number_is_kept():
+    rows = [{"prompt": f"q{n}", "completion": f" a{n}"} for n in range(30) for _ in range(1 + n % 3)]
+    rows[4] = {"prompt": "Q2 ", "completion": "  A2\n"}  # the audit takes it for a copy
+    for seed in range(20):
+        train, held_out = DatasetProcessor(rows, validation_split=0.2, seed=seed).prepare()
+        assert len(held_out) == 12
+        assert len(train) == 48
+        assert not [text for text in texts(held_out) if text in texts(train)]
+        assert answers(held_out) == answers(DatasetProcessor(rows, validation_split=0.2, seed=seed).prepare()[1])
+
+
+@pytest.mark.parametrize(
+    ("copies", "asked", "held_out"),
+    [([5] * 20, 7, {5}), ([5] * 20, 10, {10}), ([10, 90], 2, {10}), ([90, 9], 95, {90, 9}), ([1] * 9 + [30], 5, {5})],
+    ids=["fewer", "even", "never none", "never all", "the rest make it up"],
+)
+def test_sets_of_copies_are_held_out_while_they_fit(copies, asked, held_out):
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n, many in enumerate(copies) for _ in range(many)]
+    for seed in range(5):
+        processor = DatasetProcessor(rows, validation_split=asked, seed=seed)
+        train, evaluation = processor.prepare()
+        assert len(evaluation) in held_out
+        assert len(train) + len(evaluation) == len(rows)
+        assert not [text for text in texts(evaluation) if text in texts(train)]
+        assert processor.provenance()["eval_rows"] == len(evaluation)
+
+
+def test_rows_that_are_all_the_same_cannot_be_held_out():
+    with pytest.raises(DataError, match="its 40 rows are all the same") as error:
+        DatasetProcessor(ROWS[:1] * 40, validation_split=0.1).prepare()
+    assert "stay on one side" in error.value.why
+    assert "validation_split to 0" in error.value.fix
+
+
+def test_rows_without_copies_are_split_as_the_drawn_order_says():
+    """As in every release: a run that is resumed must find its rows again."""
+    import numpy as np
+
+    for seed in range(5):
+        order = np.random.RandomState(seed).permutation(40)
+        train, held_out = DatasetProcessor(ROWS, validation_split=0.3, seed=seed).prepare()
+        assert answers(held_out) == [f"a{n}" for n in sorted(order[:12])]
+        assert answers(train) == [f"a{n}" for n in sorted(order[12:])]
+
+
 def test_only_sampled_rows_are_decoded(tmp_path):
     rows = [{"prompt": "q", "completion": f"a{n}"} for n in range(300)]
     path = write_jsonl(tmp_path / "d.jsonl", rows)

@@ -7,19 +7,16 @@ from dataclasses import asdict
 
 import datasets
 import pytest
+from byte_tokenizer import CHATML, byte_tokenizer
 from hyperion_core.errors import DataError
 from hyperion_core.facts import Segment, Sequence
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hyperion.data import DatasetProcessor
 from hyperion.data import tokenization as module
-from hyperion.data.tokenization import tokenize
+from hyperion.data.tokenization import tokenize_rows, trainable
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Its prompt is no prefix of the conversation, and its tags say what the assistant's part is.
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
@@ -33,35 +30,16 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
 
-def byte_tokenizer(*, chat_template=CHATML, adds_bos=False, merges=()):
-    """A token a byte, and those of `merges`; padding is the end of sequence, as SmolLM2 has it."""
-    specials = ["<s>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
 def sft(row):
     if "messages" in row:
         return [Sequence(messages=tuple(row["messages"]))]
     return [Sequence(segments=tuple(Segment(**segment) for segment in row["segments"]))]
 
 
-def run(rows, tokenizer, *, max_length=1000, **options):
+def run(rows, tokenizer, *, max_length=1000, fingerprint_of="sft", **options):
     dataset = rows if isinstance(rows, datasets.Dataset) else DatasetProcessor(rows).prepare()[0]
-    return tokenize(dataset, tokenizer, sft, max_length=max_length, fingerprint_of="sft", **options)
+    tokens = tokenize_rows(dataset, tokenizer, sft, max_length=max_length, fingerprint_of=fingerprint_of, **options)
+    return trainable(tokens, tokenizer, max_length)
 
 
 def texts(tokens, tokenizer, row=0):
@@ -203,7 +181,7 @@ def test_tokenizer_without_eos_warns():
 def test_one_sequence_a_row_is_asked_for():
     rows = DatasetProcessor([{"text": "a"}]).prepare()[0]
     with pytest.raises(DataError, match="makes 2 sequences of row 0"):
-        tokenize(rows, byte_tokenizer(), lambda row: sft(row) * 2, max_length=9, fingerprint_of="dpo")
+        tokenize_rows(rows, byte_tokenizer(), lambda row: sft(row) * 2, max_length=9, fingerprint_of="dpo")
 
 
 def test_tokens_are_cached_until_something_that_decides_them_changes(tmp_path, monkeypatch):
@@ -218,12 +196,9 @@ def test_tokens_are_cached_until_something_that_decides_them_changes(tmp_path, m
     chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
 
     def go(tokenizer, *, rows=chat, max_length=100, objective="sft"):
-        dataset = DatasetProcessor(rows).prepare()[0]
         before = len(passes)
-        result = tokenize(
-            dataset, tokenizer, sft, max_length=max_length, fingerprint_of=objective, cache_dir=tmp_path / "tokens"
-        )
-        return len(passes) > before, result[1]
+        _, report = run(rows, tokenizer, max_length=max_length, fingerprint_of=objective, cache_dir=tmp_path / "tokens")
+        return len(passes) > before, report
 
     assert go(byte_tokenizer()) == (True, go(byte_tokenizer())[1])
     used = byte_tokenizer()

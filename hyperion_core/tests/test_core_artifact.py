@@ -38,6 +38,13 @@ def test_the_manifest_lists_every_file_but_checkpoints_and_hidden_ones(sealed):
     assert sha256(sealed.folder / "adapter_model.safetensors").startswith("9a1290")
 
 
+def test_hashing_tells_how_far_it_is(tmp_path):
+    file, blocks = tmp_path / "weights", []
+    file.write_bytes(b"w" * (2**20 + 1))
+    assert sha256(file, blocks.append) == sha256(file)
+    assert blocks == [2**20, 1]
+
+
 def test_changed_and_missing_files_are_named(sealed):
     (sealed.folder / "adapter_model.safetensors").write_bytes(b"Weights")
     (sealed.folder / "sub" / "tokenizer.json").unlink()

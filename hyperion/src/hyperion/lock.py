@@ -10,19 +10,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperion_core.artifact import read_json, write_json
+from hyperion_core.artifact import read_json, sha256, write_json
 from hyperion_core.context import Progress
 from hyperion_core.distributions import CORE, requirements_of
 from hyperion_core.errors import ArtifactError, TrainingError
 from hyperion_core.registry import FRAMEWORK
 
+from .data.identity import source_hash
 from .models.hub_commit import commit_of_snapshot, hub_commit
 
 if TYPE_CHECKING:
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
 
 LOCK = "hyperion.lock"
 _FORMAT = 1
+# Files hashed in this process, by what changes when they do: a run with --locked asks twice for the base model's.
+_HASHES: dict[tuple[Path, int, int, int, int], str] = {}
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.py", "*.gguf")
-_BLOCK = 1 << 22
 
 Facts = dict[str, dict[str, str]]
 
@@ -181,26 +181,11 @@ def _software(planned: Planned) -> dict[str, dict[str, str]]:
         modules[choice.distribution] = module.partition(".")[0]
     return {
         "plugins": {
-            name: f"{_version(name) or 'in process'}, source {source_digest(module)}"
+            name: f"{_version(name) or 'in process'}, source {source_hash(module) or 'unknown'}"
             for name, module in sorted(modules.items())
         },
         "libraries": {name: version for name, version in sorted(libraries.items()) if name not in modules},
     }
-
-
-def source_digest(module: str) -> str:
-    """SHA-256 of every Python file of an installed top-level package or module, which is not imported for it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        return "unknown"
-    digest = hashlib.sha256()
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    files = [(path.relative_to(folder), path) for folder in folders for path in folder.rglob("*.py")]
-    if not folders and spec.origin:
-        files = [(Path(Path(spec.origin).name), Path(spec.origin))]
-    for relative, path in sorted(files):
-        digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
 
 
 def _is_of_the_contract(distribution: str) -> bool:
@@ -234,12 +219,13 @@ def _hashed(files: list[Path], progress: Progress) -> Iterator[tuple[Path, str]]
     total = sum(path.stat().st_size for path in files)
     with progress.task("hashing the base model", total) as advance:
         for path in files:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-                    advance(len(block))
-            yield path, digest.hexdigest()
+            stat = path.stat()
+            now = (path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            if now in _HASHES:
+                advance(stat.st_size)
+            else:
+                _HASHES[now] = sha256(path, advance)
+            yield path, _HASHES[now]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

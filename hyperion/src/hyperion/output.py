@@ -15,7 +15,6 @@ from hyperion_core.artifact import ADAPTER, MANIFEST, Artifact, read_json, write
 from hyperion_core.config import AdapterConfig
 from hyperion_core.errors import TrainingError
 from hyperion_core.plan import Plan
-from hyperion_core.secrets import redacted
 
 from .config import FinetuneConfig
 from .governance.model_card import model_card
@@ -284,7 +283,7 @@ def write_artifact(
     }
     artifact = Artifact(folder, adapter, dict(metrics), planned.plan.versions, json.loads(json.dumps(data)))
     write_json(folder / ADAPTER, adapter)
-    (folder / "README.md").write_text(redacted(model_card(artifact, planned.plan, config)), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(artifact, planned.plan, config), encoding="utf-8")
     return artifact.seal()
 
 

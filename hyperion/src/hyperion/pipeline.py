@@ -5,6 +5,7 @@ Whatever a method can be is asked of the run's plugins through `planned.hooks`; 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,12 @@ from hyperion_core.artifact import Artifact
 from hyperion_core.config import AdapterConfig
 from hyperion_core.context import NoProgress, Progress, RunContext
 from hyperion_core.errors import DataError
+from hyperion_core.secrets import hide_in_logs
 
 from .auditing import audit_encoded
 from .config import FinetuneConfig
 from .data.chat_template import read_chat_template
-from .data.identity import data_hashes, source_hash
+from .data.identity import cache_identity, data_hashes
 from .data.row_hook import RowHook
 from .disk import writing
 from .lock import LOCK, gather, gather_for, read_lock, refuse_drift, run_name, write_lock
@@ -151,6 +153,7 @@ def start_context(planned: Planned, folder: Path, progress: Progress) -> RunCont
 
     from .models.cache import cache_dir
 
+    hide_in_logs(logging.getLogger("hyperion"))  # again: the plugins, loaded by now, may have loggers below it
     seed = planned.plan.config["training"]["seed"]
     set_seed(seed)
     return RunContext(
@@ -220,7 +223,7 @@ def encode_data(
         sequences=RowHook(objective, config.objective),
         max_length=max_length,
         cache_dir=ctx.cache / "tokens",
-        fingerprint_of=f"{source_hash(type(objective))} {config.objective.model_dump_json()}",
+        fingerprint_of=f"{cache_identity(objective)} {config.objective.model_dump_json()}",
         progress=ctx.progress,
     )
     read = (train, encoded(train))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
-from .secrets import redacted
+from .secrets import redacted_data
 
 MANIFEST = "hyperion.json"
 ADAPTER = "adapter.json"
@@ -86,12 +86,21 @@ def _is_run_state(relative: Path) -> bool:
     return relative.parts[0].startswith("checkpoint-") or relative.parts[0].startswith(".")
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Of a file's content, in hexadecimal.
+
+    Args:
+        progress: is told of every block read, in bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            if progress is not None:
+                progress(len(block))
     return digest.hexdigest()
 
 
@@ -121,6 +130,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write whole or not at all: to a sibling, then renamed. Secrets of the environment are masked."""
     sibling = path.with_name(f".{path.name}.partial")
-    sibling.write_text(redacted(json.dumps(content, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
+    sibling.write_text(json.dumps(redacted_data(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(sibling, path)
     return path

@@ -28,6 +28,7 @@ from .distributions import CORE, PluginEntry
 from .environment import environment_findings
 from .errors import Finding, HyperionError, PluginConflictError, PluginError
 from .registry import Registry, registry
+from .secrets import redacted_data
 
 #: Seconds that a plugin has, from when its import begins.
 TIMEOUT = 60.0
@@ -269,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment = environment_findings()
     examinations = sorted(examine(entries, timeout=given.timeout), key=lambda each: entries.index(each.entry))
     if given.json:
-        print(json.dumps(as_data(environment, examinations), indent=2))
+        print(json.dumps(redacted_data(as_data(environment, examinations)), indent=2))
     else:
         for each in examinations:
             print(f"{each.state:8} {each.entry.kind} {each.entry.name} ({each.entry.whose})")

@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 MASK = "***"
+_T = TypeVar("_T")
 _NAME = re.compile(
     r"(^|_)(API_?)?(TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|KEYS?|APIKEY|CREDENTIALS?|PAT)(_|$)", re.I
 )
@@ -34,18 +36,26 @@ def redacted(text: str) -> str:
     They are: values of at least 8 characters of environment variables called like HF_TOKEN, WANDB_API_KEY or
     AWS_SECRET_ACCESS_KEY, unless they are paths; user and password in a URL; and access tokens of well-known shapes.
     """
-    for secret in _secrets():
-        if secret in text:
-            text = text.replace(secret, MASK)
-    if ":/" in text:
-        text = _IN_URL.sub(lambda found: f"{found[1] or found[2]}{MASK}@", text)
-    return _SHAPES.sub(MASK, text)
+    return _masked(text, _secrets())
+
+
+def redacted_data(data: _T) -> _T:
+    """The same data, `redacted` in every text, keys too; numbers stay what they are, whatever a secret looks like.
+
+    For all that becomes JSON or a table: a secret of digits alone would, in the finished text, take figures with it.
+    Looks into mappings, lists, tuples and dataclasses; the data given is not changed.
+    """
+    return _masked_data(data, _secrets())
 
 
 def hide_in_logs(logger: logging.Logger) -> None:
-    """Mask the secrets in what is logged with this very logger, tracebacks too; its children need their own call.
+    """Mask the secrets in what is logged with this logger and with those below it that exist by now, tracebacks too.
 
-    Doing so twice does no harm."""
+    Filters are not inherited, so call it again once plugins are loaded: twice does no harm."""
+    below = f"{logger.name}."
+    for name, each in list(logger.manager.loggerDict.items()):
+        if name.startswith(below) and isinstance(each, logging.Logger):
+            each.addFilter(_mask)
     logger.addFilter(_mask)
 
 
@@ -61,6 +71,10 @@ class RedactedStream(io.TextIOBase):
     def write(self, text: str) -> int:
         self._stream.write(redacted(text))
         return len(text)
+
+    def write_redacted(self, text: str) -> None:
+        """For text that was made of `redacted_data`: it goes through as it is."""
+        self._stream.write(text)
 
     def flush(self) -> None:
         self._stream.flush()
@@ -83,7 +97,30 @@ class RedactedStream(io.TextIOBase):
         return getattr(self._stream, "errors", None)
 
 
-def _secrets() -> Iterator[str]:
+def _masked(text: str, secrets: Iterable[str]) -> str:
+    for secret in secrets:
+        if secret in text:
+            text = text.replace(secret, MASK)
+    if ":/" in text:
+        text = _IN_URL.sub(lambda found: f"{found[1] or found[2]}{MASK}@", text)
+    return _SHAPES.sub(MASK, text)
+
+
+def _masked_data(data: Any, secrets: list[str]) -> Any:
+    if isinstance(data, str):
+        return _masked(data, secrets)
+    if isinstance(data, Mapping):
+        return {_masked_data(key, secrets): _masked_data(value, secrets) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        masked = [_masked_data(each, secrets) for each in data]
+        return masked if isinstance(data, list) else tuple(masked)
+    if is_dataclass(data) and not isinstance(data, type):
+        given = [each.name for each in fields(data) if each.init]
+        return replace(data, **{name: _masked_data(getattr(data, name), secrets) for name in given})
+    return data
+
+
+def _secrets() -> list[str]:
     """The longest first, so that one that holds another is masked whole."""
     found = set()
     for name, value in os.environ.items():
@@ -94,12 +131,15 @@ def _secrets() -> Iterator[str]:
                 secret = line.strip()
                 # as it is, in a URL, in JSON, and as Python shows it
                 found |= {secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1]}
-    return iter(sorted(found, key=len, reverse=True))
+    return sorted(found, key=len, reverse=True)
 
 
 def _mask(record: logging.LogRecord) -> bool:
     """A logging filter: it changes the record, and keeps it."""
-    shown = record.getMessage()
+    try:
+        shown = record.getMessage()
+    except Exception:  # arguments that do not fit are told by the handler, as logging does; they end no run
+        return True
     masked = redacted(shown)
     if masked != shown:
         record.msg, record.args = masked, ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,9 @@ def audit(
     progress = NoProgress() if as_json else RichProgress()
     report = audit_config(read, progress).report
     if as_json:
-        typer.echo(json.dumps(report.as_data(), indent=2, ensure_ascii=False))
+        from .json_output import print_json
+
+        print_json(report.as_data(), ensure_ascii=False)
         if not report.passed:
             raise typer.Exit(2)
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from . import plugins_doctor, plugins_info, plugins_new
@@ -39,7 +37,9 @@ def list_plugins(
         if entry.kind in kinds
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        from .json_output import print_json
+
+        print_json(rows)
         return
     from rich.table import Table
     from rich.text import Text

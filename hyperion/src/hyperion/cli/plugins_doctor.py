@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import typer
@@ -31,7 +30,9 @@ def doctor(
     environment = environment_findings()
     examinations = sorted(_examined(entries, timeout, quiet=as_json), key=lambda each: entries.index(each.entry))
     if as_json:
-        typer.echo(json.dumps(as_data(environment, examinations), indent=2))
+        from .json_output import print_json
+
+        print_json(as_data(environment, examinations))
     else:
         _show(environment, examinations)
     if "problem" in (worst(environment), *(each.state for each in examinations)):

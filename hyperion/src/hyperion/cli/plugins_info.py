@@ -31,7 +31,9 @@ def info(
     entries = registry().named(name, kind)
     examinations = sorted(examine(entries, timeout=timeout), key=lambda each: entries.index(each.entry))
     if as_json:
-        typer.echo(json.dumps([_data(each, distribution_facts(each.entry)) for each in examinations], indent=2))
+        from .json_output import print_json
+
+        print_json([_data(each, distribution_facts(each.entry)) for each in examinations])
     else:
         for each in examinations:
             _show(each, distribution_facts(each.entry))

@@ -12,14 +12,16 @@ def schema(output: Path = typer.Option(None, "--output", "-o", help="Write to th
     """Write the JSON Schema of a config, with the options of every installed plugin."""
     from hyperion.schema import config_schema
 
-    text = json.dumps(config_schema(), indent=2) + "\n"
+    content = config_schema()
     if output is None:
-        typer.echo(text, nl=False)
+        from .json_output import print_json
+
+        print_json(content)
         return
     from hyperion_core.errors import ConfigError, Problem
 
     try:
-        output.write_text(text, encoding="utf-8")
+        output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         problem = Problem(
             "", "the schema cannot be written", error.strerror or str(error), "give another --output", str(output)

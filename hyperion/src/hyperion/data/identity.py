@@ -1,9 +1,10 @@
-"""What makes two runs' data the same: content, not names."""
+"""What makes two runs the same in data and code: content, wherever it lies."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
+import importlib.util
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,24 +20,36 @@ def data_hashes(train: Dataset, evaluation: Dataset | None) -> dict[str, str | N
     return {"training": _hash(train), "evaluation": None if evaluation is None else _hash(evaluation)}
 
 
-def source_hash(plugin: type) -> str:
-    """SHA-256 of the Python source behind a plugin: its package's files, or its module.
+def source_hash(module: str) -> str | None:
+    """SHA-256 of every Python file of the top-level package or module that `module` is in, however its lines end.
 
-    A plugin whose source cannot be read (typed into an interpreter) gets a value of its own each time, so that
-    nothing that depends on it is taken from a cache.
+    It is not imported for this. None where there is no such source: it is not installed, or typed into an interpreter.
     """
-    try:
-        file = Path(inspect.getfile(plugin))
-    except (TypeError, OSError):
-        return uuid.uuid4().hex
-    if not file.is_file():
-        return uuid.uuid4().hex
-    in_package = "." in plugin.__module__ or file.name == "__init__.py"
-    files = sorted(file.parent.rglob("*.py")) if in_package else [file]
+    top = module.partition(".")[0]
+    if top in sys.modules:  # a script, __main__, is found nowhere else
+        folders = list(getattr(sys.modules[top], "__path__", ()))
+        file = getattr(sys.modules[top], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(top)
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        file = spec.origin if spec else None
+    found = [(path.relative_to(folder), path) for folder in map(Path, folders) for path in folder.rglob("*.py")]
+    if not folders and file and Path(file).is_file():
+        found = [(Path(Path(file).name), Path(file))]
+    if not found:
+        return None
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(file.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    for relative, path in sorted(found):
+        digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
+
+
+def cache_identity(plugin: object) -> str:
+    """The source behind a plugin, for a cache key: its package's or module's hash.
+
+    Without source it is a value of its own each time, so that nothing that depends on it is taken from a cache.
+    """
+    return source_hash(type(plugin).__module__) or uuid.uuid4().hex
 
 
 def _hash(dataset: Dataset) -> str:

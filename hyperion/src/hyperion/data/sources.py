@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hyperion_core.artifact import sha256
 from hyperion_core.errors import DataError
 
 from .readers import count_rows, parquet_columns, read_rows
@@ -101,7 +102,7 @@ class FileSource:
     @cached_property
     def hashes(self) -> tuple[str, ...]:
         """SHA-256 of every file."""
-        return tuple(_sha256(path) for path in self.paths)
+        return tuple(sha256(path) for path in self.paths)
 
     @property
     def digest(self) -> str:
@@ -109,8 +110,8 @@ class FileSource:
 
     def describe(self) -> dict[str, Any]:
         files = [
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(self.paths, self.hashes, strict=True)
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(self.paths, self.hashes, strict=True)
         ]
         return {"files": files}
 
@@ -347,11 +348,3 @@ def _load(label: str, *args: Any, **kwargs: Any) -> Dataset:
         raise DataError(
             f"the dataset {label} cannot be loaded", why=f"{type(shown).__name__}: {shown}", fix=fix
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -49,29 +49,6 @@ class TokenReport:
     warnings: tuple[str, ...] = ()
 
 
-def tokenize(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Callable[[Mapping[str, Any]], list[Sequence]],
-    *,
-    max_length: int,
-    fingerprint_of: str,
-    num_proc: int | None = None,
-    cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[Dataset, TokenReport]:
-    """`tokenize_rows`, and of them `trainable`: columns `input_ids`, `labels` and `length`, and a report.
-
-    Raises:
-        DataError: a row cannot be tokenized, or no row has anything to learn.
-    """
-    tokens = tokenize_rows(
-        dataset, tokenizer, sequences, max_length=max_length, fingerprint_of=fingerprint_of, num_proc=num_proc,
-        cache_dir=cache_dir, progress=progress,
-    )  # fmt: skip
-    return trainable(tokens, tokenizer, max_length)
-
-
 def tokenize_rows(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,6 +165,8 @@ class _TokenizeBatch:
 
 def trainable(tokens: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, TokenReport]:
     """Of the rows of `tokenize_rows` those that have something to learn, with a report.
+
+    Columns: `input_ids`, `labels` and `length`.
 
     Raises:
         DataError: no row has anything to learn.

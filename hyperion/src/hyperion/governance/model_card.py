@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hyperion_core.artifact import Artifact
 from hyperion_core.plan import Plan
+from hyperion_core.secrets import redacted, redacted_data
 
 if TYPE_CHECKING:
     from hyperion.config import FinetuneConfig
@@ -20,12 +21,13 @@ its base model; check both before you publish it."""
 
 
 def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
-    """Markdown with the front matter that the Hub reads."""
+    """Markdown with the front matter that the Hub reads. Secrets of the environment are masked in its texts."""
+    artifact, plan, base_model = redacted_data(artifact), redacted_data(plan), redacted(config.base_model)
     parts = [
-        "---\n" + yaml.safe_dump(_front_matter(artifact, config), sort_keys=False, allow_unicode=True) + "---",
-        f"# A {artifact.adapter['type']} adapter for {public_name(config.base_model)}",
+        "---\n" + yaml.safe_dump(_front_matter(artifact, base_model), sort_keys=False, allow_unicode=True) + "---",
+        f"# A {artifact.adapter['type']} adapter for {public_name(base_model)}",
         "Tuned with Hyperion. Every figure below was measured by this run.",
-        _table("Training", _public_rows(plan, config)),
+        _table("Training", _public_rows(plan, base_model)),
         _table("Results", [(name, f"{value:.6g}") for name, value in artifact.metrics.items()]),
         "Every logged step is in `metrics.jsonl`."
         + (" ![Loss](loss.png)" if (artifact.folder / "loss.png").exists() else ""),
@@ -44,20 +46,18 @@ def public_name(base_model: str) -> str:
     return Path(base_model).name if local else base_model
 
 
-def _public_rows(plan: Plan, config: FinetuneConfig) -> list[tuple[str, str]]:
+def _public_rows(plan: Plan, base_model: str) -> list[tuple[str, str]]:
     return [
-        (label, text.replace(config.base_model, public_name(config.base_model)))
-        for label, text in plan.rows()
-        if label != "memory"
+        (label, text.replace(base_model, public_name(base_model))) for label, text in plan.rows() if label != "memory"
     ]
 
 
-def _front_matter(artifact: Artifact, config: FinetuneConfig) -> dict[str, Any]:
+def _front_matter(artifact: Artifact, base_model: str) -> dict[str, Any]:
     front: dict[str, Any] = {"tags": ["hyperion", str(artifact.adapter["type"])], "pipeline_tag": "text-generation"}
     if (artifact.folder / "adapter_config.json").exists():
         front["library_name"] = "peft"
-    if not config.base_model.startswith(("package://", ".", "/", "~")) and config.base_model.count("/") == 1:
-        front["base_model"] = config.base_model
+    if not base_model.startswith(("package://", ".", "/", "~")) and base_model.count("/") == 1:
+        front["base_model"] = base_model
     return front
 
 
@@ -84,7 +84,9 @@ def _samples(artifact: Artifact, most: int = 3) -> str:
     file = artifact.folder / "samples.jsonl"
     if not file.exists():
         return ""
-    last = [json.loads(line) for line in file.read_text(encoding="utf-8").strip("\n").split("\n")[-most:]]
+    last = [
+        redacted_data(json.loads(line)) for line in file.read_text(encoding="utf-8").strip("\n").split("\n")[-most:]
+    ]
     shown = [
         f"**Prompt** (step {sample['step']})\n\n{_quoted(sample['prompt'])}\n\n**Expected**\n\n"
         f"{_quoted(sample['expected'])}\n\n**Generated**\n\n{_quoted(sample['generated'])}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperion_core.artifact import sha256
 from hyperion_core.errors import ModelError
 from hyperion_core.foreign import foreign_keys
 
@@ -44,7 +44,9 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Callable[[str], None]) -
 
     header = read_header(path)
     check_convertible(path, header)
-    digest = _sha256(path, progress)
+    if path.stat().st_size > 2**30:
+        progress(f"looking for {path.name} in the cache, by its content")
+    digest = sha256(path)
     stem = re.sub(r"[^\w.-]+", "-", path.stem)
     target = cache_dir / "models" / f"{stem}-{digest[:16]}"
     if _is_whole(target):
@@ -250,13 +252,3 @@ def _write_record(folder: Path, path: Path, digest: str, dtype: torch.dtype) -> 
         "versions": {name: version(name) for name in ("transformers", "gguf", "torch")},
     }
     (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path, progress: Callable[[str], None]) -> str:
-    if path.stat().st_size > 2**30:
-        progress(f"looking for {path.name} in the cache, by its content")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ from hyperion_core.facts import BitPlan
 from hyperion_core.kinds import Quantizer
 from hyperion_core.specs import QuantizerSpecs
 
-from ..data.identity import source_hash
+from ..data.identity import cache_identity
 
 
 def prepared(
@@ -61,5 +61,5 @@ def _key(base: Path, plugin: Quantizer, config: QuantizationConfig, bits: BitPla
     digest = hashlib.sha256()
     for path in sorted([*base.glob("*.safetensors"), base / "config.json"]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
-    digest.update(f"{config.model_dump_json()}\n{bits}\n{source_hash(type(plugin))}".encode())
+    digest.update(f"{config.model_dump_json()}\n{bits}\n{cache_identity(plugin)}".encode())
     return f"{config.method}-{digest.hexdigest()[:16]}".replace(":", "-")

@@ -197,7 +197,7 @@ def overlap(
             "overlap", "refused" if rows >= config.overlap_from and len(same) > config.max_overlap * rows else "warned",
             f"{share(len(same), rows)} evaluation rows are trained on",
             "the evaluation would measure what the model has learnt by heart",
-            "take the copies out before the data is split, or raise audit.max_overlap", counts, config.max_overlap,
+            "take them out of one of the two, or raise audit.max_overlap", counts, config.max_overlap,
             _examples(same, example),
         )  # fmt: skip
     if asked:

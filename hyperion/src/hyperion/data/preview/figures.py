@@ -67,7 +67,8 @@ def histogram(lengths: Sequence[int], max_length: int) -> list[Bar]:
     bars = []
     for number in range(_bar(shortest, width, offset), _bar(longest, width, offset) + 1):
         last = number * width + offset
-        bars.append(Bar(max(0, last - width + 1), last, counts.get(number, 0), last > max_length))
+        first = max(0, last - width + 1)
+        bars.append(Bar(first, last, counts.get(number, 0), cut=first > max_length))
     return bars
 
 
