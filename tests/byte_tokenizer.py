@@ -1,9 +1,12 @@
-"""A tokenizer whose tokens are bytes, and chat templates of the field for it: what tests of tokens are read from."""
+"""What tests of tokens begin with: a tokenizer whose tokens are bytes, chat templates of the field for it, and rows
+read as supervised fine-tuning reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hyperion_core import facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,3 +51,10 @@ def byte_tokenizer(
     )  # fmt: skip
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def sft(row: Mapping[str, Any]) -> list[facts.Sequence]:
+    """A prepared row as one sequence."""
+    if "messages" in row:
+        return [facts.Sequence(messages=tuple(row["messages"]))]
+    return [facts.Sequence(segments=tuple(facts.Segment(**segment) for segment in row["segments"]))]

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import datasets
 import pytest
-from byte_tokenizer import CHATML, LLAMA2, byte_tokenizer
+from byte_tokenizer import CHATML, LLAMA2, byte_tokenizer, sft
 from hyperion_core.errors import ConfigError, HyperionError
-from hyperion_core.facts import Segment, Sequence
 
 from hyperion.config import FinetuneConfig
 from hyperion.data import DatasetProcessor
@@ -30,12 +29,6 @@ PLAIN = (
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-
-
-def sft(row):
-    if "messages" in row:
-        return [Sequence(messages=tuple(row["messages"]))]
-    return [Sequence(segments=tuple(Segment(**segment) for segment in row["segments"]))]
 
 
 def chats(count=24, start=0):

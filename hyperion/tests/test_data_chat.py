@@ -7,6 +7,7 @@ import pytest
 from byte_tokenizer import CHATML, LLAMA2
 
 from hyperion.data.chat import PrefixBroken, assistant_segments
+from hyperion.data.chat_template import chat_template_problems
 
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 # Qwen3's: only the last answer is rendered with a thinking block, which its generation prompt leaves to the model.
@@ -107,3 +108,11 @@ def test_prompt_that_is_no_prefix_is_refused_with_both_texts():
 def test_content_that_the_template_changes_is_refused():
     with pytest.raises(PrefixBroken, match="is not rendered as it is"):
         learnt(CHATML.replace("m['content']", "m['content'] + m['content']"), talk("hi", "one"))
+
+
+@pytest.mark.parametrize(
+    "tags", [("{% generation %}", "{% endgeneration %}"), ("{%- generation-%}", "{%endgeneration%}")]
+)
+def test_transformers_own_tag_may_stand_in_a_configs_template_however_it_is_spaced(tags):
+    assert chat_template_problems(CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}".join(tags)), None) == []
+    assert chat_template_problems(CHATML.replace("{% endfor %}", tags[1]), None)

@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 import pytest
+from byte_tokenizer import sft
 from hyperion_core.errors import DataError, TrainingError
-from hyperion_core.facts import Segment, Sequence
 from hyperion_core.testing.tiny import tiny_tokenizer
 
 from hyperion.data import DatasetProcessor
@@ -51,10 +51,6 @@ def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.csv"
     path.write_text("prompt,completion\n" + "".join(f"{n}?,{n}!\n" for n in range(50)))
     return path
-
-
-def sft(row: dict[str, Any]) -> list[Sequence]:
-    return [Sequence(segments=tuple(Segment(**segment) for segment in row["segments"]))]
 
 
 def only(folder: Path, pattern: str) -> Path:

@@ -13,8 +13,8 @@ from typing import Any
 
 import datasets
 import pytest
+from byte_tokenizer import sft
 from hyperion_core.errors import HyperionError
-from hyperion_core.facts import Segment, Sequence
 from hyperion_core.testing.tiny import END, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -138,20 +138,13 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-def sft(row: dict[str, Any]) -> list[Sequence]:
-    if "messages" in row:
-        return [Sequence(messages=tuple(row["messages"]))]
-    return [Sequence(segments=tuple(Segment(**segment) for segment in row["segments"]))]
-
-
 def tokenize(rows: datasets.Dataset, tokenizer: Any, *, max_length: int) -> tuple[datasets.Dataset, TokenReport]:
     tokens = tokenize_rows(rows, tokenizer, sft, max_length=max_length, fingerprint_of="fuzz")
     return trainable(tokens, tokenizer, max_length)
 
 
-def attempt(tokenizer: Any, dataset: Any, **options: Any) -> None:
-    """Everything that a run does with data, as far as it gets."""
-    refused = None
+def attempt(tokenizer: Any, dataset: Any, **options: Any) -> HyperionError | None:
+    """Everything that a run does with data, as far as it gets; gives what refused it."""
     try:
         processor = DatasetProcessor(dataset, **options)
         processor.check_first_rows()
@@ -161,11 +154,13 @@ def attempt(tokenizer: Any, dataset: Any, **options: Any) -> None:
         assert sizes is None or sum(sizes) == len(train) + (len(held_out) if held_out is not None else 0)
         tokenize(train, tokenizer, max_length=64)
     except HyperionError as error:
-        refused = error
-    if refused is not None:
-        told = getattr(refused, "problems", [refused])
-        assert all(each.what and each.why and each.fix for each in told), str(refused)
-        assert str(refused).replace("\n", "").isprintable()
+        return error
+    return None
+
+
+def is_well_told(refusal: HyperionError | None) -> bool:
+    told = getattr(refusal, "problems", [refusal]) if refusal else []
+    return all(each.what and each.why and each.fix for each in told) and str(refusal).replace("\n", "").isprintable()
 
 
 @examples(300)
@@ -175,13 +170,15 @@ def test_any_bytes_of_any_suffix(
 ) -> None:
     path = folder / f"data{suffix}"
     path.write_bytes(content)
-    attempt(tokenizer, path, **options)
+    refusal = attempt(tokenizer, path, **options)
+    assert is_well_told(refusal), refusal
 
 
 @examples(300)
 @given(rows=some_rows, options=arguments)
 def test_any_rows(tokenizer: Any, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
-    attempt(tokenizer, rows, **options)
+    refusal = attempt(tokenizer, rows, **options)
+    assert is_well_told(refusal), refusal
 
 
 # --- good rows ---

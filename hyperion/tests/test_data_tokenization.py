@@ -7,9 +7,8 @@ from dataclasses import asdict
 
 import datasets
 import pytest
-from byte_tokenizer import CHATML, byte_tokenizer
+from byte_tokenizer import CHATML, byte_tokenizer, sft
 from hyperion_core.errors import DataError
-from hyperion_core.facts import Segment, Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,12 +27,6 @@ TAGGED = (
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-
-
-def sft(row):
-    if "messages" in row:
-        return [Sequence(messages=tuple(row["messages"]))]
-    return [Sequence(segments=tuple(Segment(**segment) for segment in row["segments"]))]
 
 
 def run(rows, tokenizer, *, max_length=1000, fingerprint_of="sft", **options):

@@ -43,8 +43,10 @@ def test_half_of_the_very_first_line_is_no_obstacle(tmp_path):
 def test_cutting_leaves_the_bytes_that_a_checkpoint_knows(file):
     before, size = file.path.read_bytes(), file.size()
     file.append({"step": 4, "eval_loss": 1.5})
+    whole = file.path.stat().st_size
     with file.path.open("ab") as raw:
         raw.write(b'{"step": 5, "lo')
+    assert file.size() == whole
     file.cut_to(size)
     assert file.path.read_bytes() == before
 

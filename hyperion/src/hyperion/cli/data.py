@@ -55,8 +55,5 @@ def show_audit(report: AuditReport) -> None:
     for finding in report.findings:
         if finding.state == "refused":
             continue
-        lines = str(finding).splitlines()
-        console.print(Text(f"{finding.state}: ", style=_COLOURS[finding.state]) + Text(lines[0]))
-        for line in lines[1:]:
-            console.print(Text(line))
+        console.print(Text(f"{finding.state}: ", style=_COLOURS[finding.state]) + Text(str(finding)))
     console.print(report.summary())

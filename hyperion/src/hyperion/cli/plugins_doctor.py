@@ -74,10 +74,7 @@ def _show(environment: list[Finding], examinations: list[Examination]) -> None:
     findings = [*environment, *(finding for each in examinations for finding in each.findings)]
     for finding in sorted(findings, key=lambda finding: finding.level):
         console.print()
-        lines = str(finding).splitlines()
-        console.print(Text(f"{finding.level}: ", style=f"bold {_COLOURS[finding.level]}") + Text(lines[0]))
-        for line in lines[1:]:
-            console.print(Text(line))
+        console.print(Text(f"{finding.level}: ", style=f"bold {_COLOURS[finding.level]}") + Text(str(finding)))
     counts = [
         f"{count} {level}{'' if count == 1 else 's'}"
         for level in ("problem", "warning")

@@ -83,7 +83,8 @@ class CheckpointedTrainer(Trainer):
         due = (*((EVALUATION,) if evaluates else ()), *((SAVE,) if saves else ()))
         control.should_evaluate = control.should_save = False
         super()._maybe_log_save_evaluate(*given)  # the line of the log
-        self._log_sizes = self._sizes_of_logs()
+        if evaluates:  # should it be left, what was logged of it does not count
+            self._log_sizes = self._sizes_of_logs()
         if self.interruption.requested:
             self._save_and_end(model, due)
         self._left = ()
@@ -94,7 +95,6 @@ class CheckpointedTrainer(Trainer):
             step = self.state.global_step
             self.state.log_history = [line for line in self.state.log_history if not _is_evaluation(line, step)]
             self._save_and_end(model, due)
-        self._log_sizes = self._sizes_of_logs()
         if self.interruption.requested:
             self._save_and_end(model, ())
 
@@ -147,7 +147,7 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Module, trial: Any) -> None:
         output, step, final = Path(self.args.output_dir), self.state.global_step, self._checkpoint_path()
-        if EVALUATION not in self._left:  # else what was logged of it does not count
+        if EVALUATION not in self._left:
             self._log_sizes = self._sizes_of_logs()
         self.store_flos()
         with self.figures.paused(), writing(final.name, output), writing_checkpoint(output, step) as folder:

@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it is not there, is not JSON, or holds no mapping.
     """
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def check_causal_lm(config: Mapping[str, Any], name: str) -> None:
@@ -212,7 +212,7 @@ def shard_names(folder: Path) -> tuple[str, ...]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return ()
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ModelError(
             f"{index} is no index of weights",
@@ -308,11 +308,16 @@ def _first_int(config: Mapping[str, Any], *keys: str) -> int:
     return next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, fix: str = "download or copy the model again") -> dict[str, Any]:
+    """The mapping that a file of a model holds.
+
+    Raises:
+        ModelError: it holds none, or cannot be read; `fix` says what to do.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read", why=str(error), fix="download or copy the model again") from error
+        raise ModelError(f"{path} cannot be read", why=str(error), fix=fix) from error
     return content

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from hyperion_core.errors import ModelError
 from hyperion_core.facts import ModelFacts
 from hyperion_core.suggest import closest
 
-from .facts import read_config, shard_names
+from .facts import read_config, read_json, shard_names
 from .families import FAMILIES, missing_keys, modules_by_formula
 from .source import BaseModelSource, check_model_folder
 
@@ -171,11 +170,11 @@ def _check_tokenizer(folder: Path, name: str, facts: ModelFacts) -> None:
         )
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if (folder / file).is_file():
-            _json(folder / file)
+            read_json(folder / file, _COPY)
     path = folder / "tokenizer.json"
     if not path.is_file() or path.stat().st_size > _LARGEST_TOKENIZER:
         return
-    content = _json(path)
+    content = read_json(path, _COPY)
     model = content.get("model")
     if not isinstance(model, dict):
         raise ModelError(f"{path} is no tokenizer", why='it has no "model"', fix=_COPY)
@@ -218,13 +217,3 @@ def _check_shapes(config: Mapping[str, Any], facts: ModelFacts, name: str) -> No
         raise ModelError(
             f"base model {name!r}: weights have other shapes than config.json says", why=some(shapes), fix=_TOGETHER
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no mapping")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read", why=str(error), fix=_COPY) from error
-    return content

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..disk import writing
 
@@ -44,7 +44,10 @@ class MetricsFile:
 
     def size(self) -> int:
         """Bytes of its whole lines."""
-        return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            return _whole_lines(file)
 
     def cut_to(self, size: int) -> None:
         """Keep the first `size` bytes: a resumed run writes the others again."""
@@ -60,13 +63,19 @@ class MetricsFile:
         if not self.path.exists():
             return
         with self.path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) == b"\n":
-                return
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            file.truncate(_whole_lines(file))
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Bytes up to the last line feed. Mostly that is the end: then one byte is read, whatever the file's length."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return 0
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return end
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def _plain(value: Any) -> Any:

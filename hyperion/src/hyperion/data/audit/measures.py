@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_IGNORED = -100  # what torch's cross entropy leaves out: the convention itself, not our encoder's word for it
+IGNORED = -100  # what torch's cross entropy leaves out: the convention itself, not our encoder's word for it
 _ROWS_A_BATCH = 5_000
 
 
@@ -57,7 +57,7 @@ def measure(
         labels = batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         stop = np.cumsum(length)
         start = stop - length
-        learnt = labels != _IGNORED
+        learnt = labels != IGNORED
         is_end = np.isin(ids, end_ids)
 
         def per_row(mask: Any, start: Any = start, stop: Any = stop) -> Any:

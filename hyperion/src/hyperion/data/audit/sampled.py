@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..decoding import decode, decode_between
 from .config import AuditConfig
 from .findings import Finding, excerpt, share
+from .measures import IGNORED
 from .rendering import Template
 from .rows import Turn, bare, turns_of
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from hyperion_core.facts import Sequence as RowSequence
     from transformers import PreTrainedTokenizerBase
 
-_IGNORED = -100
 # Texts that look like special tokens. "[INST]" is none: Llama 2 was trained on it in pieces.
 _MARKER = re.compile(r"<\|[\w.\-]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos)>")
 _OF_TEMPLATE = 0.5  # a marker in more segment rows than this belongs to their template, not to the data
@@ -55,7 +56,7 @@ class Reader:
         """Compare one row; `cut` when max_length shortened it."""
         self.found.rows += 1
         turns = turns_of(sequence)
-        decoded = self._decode(ids)
+        decoded = decode(self._tokenizer, ids)
         unknown = self._tokenizer.unk_token_id
         self.found.unknown += unknown is not None and unknown in ids
         words = self._template.own_words(sequence.messages) if sequence.messages else None
@@ -65,9 +66,6 @@ class Reader:
         if wrong := self._masking(sequence, turns, words, rendered, ids, labels, cut):
             self.found.masking.append(f"row {number}: {wrong}")
         self._markers(number, sequence, turns, words)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _missing(
         self, turns: list[Turn], words: list[str] | None, rendered: str | None, decoded: str, cut: bool
@@ -100,10 +98,10 @@ class Reader:
         spans = _spans(labels)
         answers = self._answers(sequence, turns, words, rendered)
         if not cut and len(spans) != len(answers):
-            shown = excerpt(self._decode([label for label in labels if label != _IGNORED]))
+            shown = excerpt(decode(self._tokenizer, [label for label in labels if label != IGNORED]))
             return f"{len(spans)} stretches are learnt, and there are {len(answers)} answers: {shown!r}"
         for index, ((start, stop), (text, prompt, lead, ended)) in enumerate(zip(spans, answers, strict=False)):
-            learnt = self._stretch(ids, start, stop)
+            learnt = decode_between(self._tokenizer, ids, start, stop)
             if rendered is not None and text.strip() not in rendered:
                 continue  # the template rewrites this answer: what it should be cannot be told from here
             if cut and index == len(spans) - 1:
@@ -170,11 +168,6 @@ class Reader:
         if ended and not any(end in tail for end in self._turn_ends.values()) and place >= 0:
             return f"the end of the turn is not learnt after {excerpt(text)!r}"
         return ""
-
-    def _stretch(self, ids: list[int], start: int, stop: int) -> str:
-        """The text of some tokens of a row. Many decoders drop a space at the beginning: so they are not put there."""
-        before, through = self._decode(ids[:start]), self._decode(ids[:stop])
-        return through[len(before) :] if before and through.startswith(before) else self._decode(ids[start:stop])
 
     def _beyond_end(self, tail: str) -> str:
         """What follows the end of a turn, but for an end-of-sequence token in the same run of special tokens."""
@@ -275,10 +268,10 @@ def _spans(labels: list[int]) -> list[tuple[int, int]]:
     """(start, stop) of each stretch of learnt labels."""
     spans: list[tuple[int, int]] = []
     start = None
-    for position, label in enumerate([*labels, _IGNORED]):
-        if label != _IGNORED and start is None:
+    for position, label in enumerate([*labels, IGNORED]):
+        if label != IGNORED and start is None:
             start = position
-        elif label == _IGNORED and start is not None:
+        elif label == IGNORED and start is not None:
             spans.append((start, position))
             start = None
     return spans

@@ -80,7 +80,7 @@ class Preview:
 def figure_rows(preview: Preview) -> list[tuple[str, list[str]]]:
     """The table of totals: a label, and a text for each split."""
     splits = preview.splits
-    table = [
+    return [
         ("rows", [f"{split.rows:,}" for split in splits]),
         ("tokens", [f"{split.tokens:,}" for split in splits]),
         ("learnt tokens", [f"{split.learnt:,} ({percent(split.learnt_share)})" for split in splits]),
@@ -91,7 +91,6 @@ def figure_rows(preview: Preview) -> list[tuple[str, list[str]]]:
         ("padding", [f"{split.pass_over.padding:,} ({percent(split.pass_over.share)})" for split in splits]),
         ("optimizer steps", [f"{preview.steps:,}" if number == 0 else "–" for number in range(len(splits))]),
     ]
-    return table
 
 
 def packing_rows(preview: Preview) -> list[tuple[str, str, str]]:

@@ -24,8 +24,7 @@ from .contents import (
     percent,
     sample_line,
 )
-from .spans import Span
-from .terminal import visible
+from .spans import Span, visible
 
 _PLOT = 158  # pixels that the highest bar takes; above it its label, below it the axis
 

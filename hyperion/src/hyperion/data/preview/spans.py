@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from hyperion_core.errors import printable
+
+from ..decoding import decode_between
 from ..encoding import IGNORED
 
 if TYPE_CHECKING:
@@ -41,14 +45,10 @@ def spans(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokeni
         special = ids[position] in specials
         return labels[position] != IGNORED, position + 1 if special else 0  # each special token for itself
 
-    found, end, before = [], 0, ""
+    found, end = [], 0
     for (learnt, special), group in groupby(range(len(ids)), key=kind):
         start, end = end, end + len(list(group))
-        whole = _decode(ids[:end], tokenizer)
-        # A character's bytes may end in the next piece: then the earlier text changes, and pieces stand for themselves.
-        text = whole[len(before) :] if whole.startswith(before) else _decode(ids[start:end], tokenizer)
-        found.append(Span(text, learnt, bool(special)))
-        before = whole
+        found.append(Span(decode_between(tokenizer, ids, start, end), learnt, bool(special)))
     return found
 
 
@@ -73,5 +73,8 @@ def shortened(found: Sequence[Span], most: int) -> list[Span]:
     return [*short[:half], Span("", False, left_out=middle), *short[-half:]]
 
 
-def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def visible(text: str) -> str:
+    """Line breaks and tabs shown, control characters and secrets not obeyed nor shown."""
+    return printable(
+        re.sub("\r\n?|\n", lambda found: ("␍" if "\r" in found[0] else "") + "⏎\n", text).replace("\t", "⇥   ")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from hyperion_core.errors import printable
@@ -19,7 +18,7 @@ from .contents import (
     packing_rows,
     sample_line,
 )
-from .spans import Span
+from .spans import Span, visible
 
 _BAR = 40
 _STATES = {"ok": "green", "warned": "yellow", "refused": "bold red"}
@@ -77,13 +76,6 @@ def sample_text(found: Iterable[Span], *, marked: bool) -> Text:
     if lines and not lines[-1].plain:
         lines.pop()
     return Text("\n").join(Text("  ") + line for line in lines)
-
-
-def visible(text: str) -> str:
-    """Line breaks and tabs shown, control characters and secrets not obeyed nor shown."""
-    return printable(
-        re.sub("\r\n?|\n", lambda found: ("␍" if "\r" in found[0] else "") + "⏎\n", text).replace("\t", "⇥   ")
-    )
 
 
 def _style(learnt: bool, special: bool = False) -> str:
