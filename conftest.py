@@ -18,7 +18,13 @@ os.environ["HYPERION_CACHE"] = _cache.name
 
 # Folders at the root that bear their package's name: pytest's importlib mode would make empty namespace packages of
 # them, and hide the real ones. The core's own tests run without any of these installed.
-for name in ("hyperion", "hyperion_adapters_ia3", "hyperion_adapters_lora"):
+for name in (
+    "hyperion",
+    "hyperion_adapters_ia3",
+    "hyperion_adapters_lora",
+    "hyperion_quant_bnb",
+    "hyperion_quant_gptq",
+):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 

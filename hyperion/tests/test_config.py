@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hyperion_core.config import AdapterConfig, QuantizationConfig
 from hyperion_core.errors import ConfigError
-from hyperion_core.kinds import Quantizer
 
 from hyperion import FinetuneConfig, LoraConfig
 from hyperion.schema import config_schema
@@ -122,8 +121,7 @@ def test_every_error_of_a_file_is_told_at_once_with_its_line(tmp_path: Path) -> 
         ({"adapter": 3}, "an adapter is a mapping with `type`"),
         ({"adapter": {"type": "lora", "r": 0}}, "adapter.r: 0 is refused"),
         ({"adapter": {"type": "lora", "r": True}}, "adapter.r: True is refused"),
-        ({"quantization": {"bits": 4}}, 'pip install "hyperion-ft[bnb]"'),
-        ({"quantization": {"method": "bnb", "bits": 4}}, 'no installed distribution has a quantizer called "bnb"'),
+        ({"quantization": {"method": "awq", "bits": 4}}, 'no installed distribution has a quantizer called "awq"'),
         ({"objective": "dpoo"}, 'no installed distribution has an objective called "dpoo"'),
         ({"plugins": ["watcher"]}, 'no installed distribution has an observer called "watcher"'),
         ({"new_tokens": ["<a>", "<a>"]}, '"<a>" stands twice'),
@@ -334,29 +332,6 @@ def test_a_scheduler_is_chosen_by_name_or_mapping_or_transformers_names() -> Non
     assert by_mapping == by_old_names
     assert by_mapping.num_cycles == 2
     assert scheduler(lr_scheduler="linear").type == "linear"
-
-
-def test_one_installed_quantizer_is_taken_without_being_named(registry) -> None:
-    import hyperion_adapters_lora
-    from hyperion_objective_sft import SftObjective
-    from hyperion_schedulers import Cosine
-
-    class Toy(Quantizer):
-        def quantizer_estimate(self): ...
-        def quantizer_load_kwargs(self): ...
-        def quantizer_after_load(self): ...
-        def quantizer_modules(self): ...
-        def quantizer_save(self): ...
-
-    registry.add(hyperion_adapters_lora.LoraAdapter, "lora")
-    registry.add(SftObjective, "sft")
-    registry.add(Cosine, "cosine")
-    registry.add(Toy, "toy")
-    config = FinetuneConfig(
-        base_model="owner/model", adapter="lora", quantization=QuantizationConfig(bits=8, group_size=64)
-    )
-    assert config.quantization.method == "in-process:toy"
-    assert config.quantization.bits == 8
 
 
 def test_relative_paths_start_from_the_files_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,31 @@ class RequantizesToAModuleThatDoesNotWork(Honest):
         return new
 
 
+class RecognizesNothing(Honest):
+    provides = replace(Honest.provides, reads=frozenset({"another"}))
+
+
+class RecognizesTheFirstModuleAlone(Honest):
+    def quantizer_recognize(self, saved: Any) -> Any:
+        options, plan = super().quantizer_recognize(saved)
+        return options, BitPlan(*next(iter(plan.overrides.values())))
+
+
+class RecognizesWithoutGroups(Honest):
+    def quantizer_recognize(self, saved: Any) -> Any:
+        options, plan = super().quantizer_recognize(saved)
+        return options, BitPlan(16, 0, {name: (bits, 32) for name, (bits, _) in plan.overrides.items()})
+
+
+class RecognizesWithTorch(Honest):
+    def quantizer_recognize(self, saved: Any) -> Any:
+        import torch
+
+        assert torch.get_num_threads()
+        return super().quantizer_recognize(saved)
+
+
+RECOGNIZED = "test_what_it_saved_it_recognizes"
 RELOADED = "test_saved_and_reloaded_it_gives_the_same_logits"
 OTHER = "test_a_base_of_other_bits_is_refused"
 TRAINING = "test_training_on_top_leaves_the_base_alone"
@@ -159,6 +185,10 @@ BROKEN = [
     (ForgetsAFile, RELOADED, "quantizer_save answers with .*, and wrote .*config.json"),
     (LoadsTheOriginalBeside, RELOADED, "loaded again it takes .* bytes"),
     (ReportsNothingAfterReloading, RELOADED, "quantizer_modules reports something else"),
+    (RecognizesNothing, RECOGNIZED, r"config.json says quant_method .changeme., and provides.reads has \['another'\]"),
+    (RecognizesTheFirstModuleAlone, RECOGNIZED, r"saved with \(bits, group size\) .*, and quantizer_recognize reads"),
+    (RecognizesWithoutGroups, RECOGNIZED, r"saved with \(bits, group size\) \(2, 64\), and .* reads \(2, 32\)"),
+    (RecognizesWithTorch, RECOGNIZED, "quantizer_recognize imports torch"),
     (TrustsTheBase, OTHER, "a base saved with 2 bits, under a plan of 8 is not refused"),
     (FailsOnAnotherBase, OTHER, "ends in AssertionError, not in HyperionError"),
     (LeavesTheBaseToTrain, TRAINING, "of the base train"),

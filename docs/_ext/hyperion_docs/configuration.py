@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hyperion_core.config import PluginConfig, QuantizationConfig, StrictModel
+from hyperion_core.config import CalibrationConfig, PluginConfig, QuantizationConfig, StrictModel
 from hyperion_core.distributions import PluginEntry
 from hyperion_core.kinds import Plugin, with_article
 from hyperion_core.registry import registry
@@ -64,9 +64,8 @@ def sections() -> list[Section]:
             choice = "method" if kind == "quantizer" else "type"
             title = f"`{place}`: {with_article(kind)} with `{choice}: {entry.name}`"
             found.append(Section(title, place, model, f"From `{entry.distribution}`."))
-    if not any(entry.kind == "quantizer" for entry in registry().entries()):
-        intro = "What every quantizer takes. No quantizer is built yet, so any `quantization:` is refused."
-        found.append(Section("`quantization`", "quantization", QuantizationConfig, intro))
+    intro = "Of the model that a quantizer measures on, and of the bits that `bits: auto` shares out."
+    found.append(Section("`quantization.calibration`", "quantization.calibration", CalibrationConfig, intro))
     return found
 
 
@@ -115,8 +114,9 @@ def _further(model: type[StrictModel]) -> list[Section]:
 
 
 def _description(name: str, field: FieldInfo) -> str:
-    if name == "type" and not field.description:  # a plugin's own default: what it means is said once
-        return PluginConfig.model_fields["type"].description or ""
+    for key, model in (("type", PluginConfig), ("method", QuantizationConfig)):
+        if name == key and not field.description:  # a plugin's own default: what it means is said once
+            return model.model_fields[key].description or ""
     return field.description or ""
 
 

@@ -22,6 +22,7 @@ from hyperion_core.registry import registry
 from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator
 
 from .data.audit.config import AuditConfig
+from .quantization.choice import choose_method
 from .refused_arguments import tracker_fix
 from .training_config import TrainingConfig
 
@@ -286,35 +287,14 @@ def _quantization_config(value: Any) -> StrictModel:
                 )
             ]
         )
-    method = data.get("method")
+    method, why = data.get("method"), value.why_chosen if isinstance(value, QuantizationConfig) else ""
     if method is None:
-        names = sorted({entry.qualified for entry in registry().entries("quantizer")})
-        if not names:
-            raise_problems(
-                [
-                    Problem(
-                        "",
-                        "quantization needs a quantizer, and none is installed",
-                        "how weights are quantized is a plugin's matter",
-                        'install one, for example: python -m pip install "hyperion-ft[bnb]"',
-                    )
-                ]
-            )
-        if len(names) > 1:
-            raise_problems(
-                [
-                    Problem(
-                        "method",
-                        "several quantizers are installed",
-                        "any of them could be meant",
-                        f"say which: {', '.join(names)}",
-                    )
-                ]
-            )
-        method = names[0]
+        method, why = choose_method(data)
     elif not isinstance(method, str):
         raise_problems([Problem("method", f"{method!r} is refused", "a method is a plugin's name", "method: …")])
-    return _validated("quantizer", method, _load("quantizer", method, at="method"), {**data, "method": method})
+    chosen = _validated("quantizer", method, _load("quantizer", method, at="method"), {**data, "method": method})
+    assert isinstance(chosen, QuantizationConfig)
+    return chosen.chosen_because(why)
 
 
 def _validated(kind: str, name: str, plugin: type[Plugin], data: dict[str, Any]) -> StrictModel:

@@ -21,13 +21,14 @@ from .governance.model_card import model_card
 from .lock import LOCK
 from .monitoring.metrics import MetricsFile
 from .planning import Planned
+from .quantization.planning import BIT_PLAN, HEAT_MAP
 
 log = logging.getLogger("hyperion")
 PLAN = "plan.json"
 DATA = "data.json"
 PREPARED = "prepared_adapter.json"
 # What a run that failed before its first checkpoint leaves: nothing that anybody would miss.
-_REMAINS = frozenset({PLAN, DATA, PREPARED, LOCK, "metrics.jsonl", "timing.jsonl", "samples.jsonl"})
+_REMAINS = frozenset({PLAN, DATA, PREPARED, LOCK, BIT_PLAN, HEAT_MAP, "metrics.jsonl", "timing.jsonl", "samples.jsonl"})
 RESUMED = "resumed.jsonl"
 _IN_USE = ".in-use.lock"
 # Settings that may differ when a run goes on: they change what is shown or kept, not what is learnt.
@@ -130,6 +131,9 @@ def claim_output(folder: Path, plan: Plan, checkpoint: Path | None) -> None:
     try:
         if checkpoint is not None:
             _check_same_plan(folder, plan, checkpoint)
+        else:  # of a run that was killed before its first checkpoint: bits that were shared out for another config
+            for name in (BIT_PLAN, HEAT_MAP):
+                (folder / name).unlink(missing_ok=True)
         write_json(folder / PLAN, plan.to_dict())
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -167,7 +171,7 @@ def _is_free(folder: Path) -> bool:
 
 def _take_back(folder: Path) -> None:
     """What a run wrote that failed before it trained: nothing half-written stays, the folder is free."""
-    begun = (PLAN, DATA, PREPARED, LOCK)
+    begun = (PLAN, DATA, PREPARED, LOCK, BIT_PLAN, HEAT_MAP)
     with suppress(OSError):  # the folder has vanished, or can no longer be written: that error is told, not this one
         if all(path.name in (*begun, _IN_USE) for path in folder.iterdir()):
             for name in begun:
@@ -267,8 +271,9 @@ def write_artifact(
     *,
     metrics: Mapping[str, float],
     data: Mapping[str, Any],
+    calibration: str | None,
 ) -> Artifact:
-    """adapter.json, the model card, and last the manifest."""
+    """adapter.json, the model card, and last the manifest. `calibration`: hash of what a quantizer measured on."""
     choice = next(choice for choice in planned.plan.choices if choice.kind == "adapter")
     quantization = config.quantization
     adapter = {
@@ -280,6 +285,7 @@ def write_artifact(
         "revision": config.revision,
         "new_tokens": config.new_tokens,
         "quantization": quantization.model_dump(mode="json", exclude_none=True) if quantization else None,
+        "calibration": calibration,
     }
     artifact = Artifact(folder, adapter, dict(metrics), planned.plan.versions, json.loads(json.dumps(data)))
     write_json(folder / ADAPTER, adapter)

@@ -35,7 +35,7 @@ from .output import (
     write_artifact,
     write_prepared,
 )
-from .planning import Planned, Rows, effective_max_length, make_plan
+from .planning import Planned, Rows, effective_max_length, make_plan, quantizer_name
 from .training_checks import length_problems
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .data.audit.findings import AuditReport
     from .data.tokenization import TokenReport
     from .engine.fit import FitResult
+    from .quantization.calibration import CalibrationRows
 
 #: The one adapter of a run has this name inside the model; PEFT's tools expect it.
 ADAPTER_NAME = "default"
@@ -100,6 +101,7 @@ def run(
     with output_folder(Path(output_dir), resume=resume) as (folder, checkpoint):
         check_caches()
         planned = plan_run(config, train, evaluation)
+        config = planned.config
         if lock is not None:
             refuse_drift(lock, read_lock(lock, run_name(config)), gather_for(planned, progress or NoProgress()))
         claim_output(folder, planned.plan, checkpoint)
@@ -113,11 +115,12 @@ def run(
             tokens = prepare_data(encoded, report, tokenizer, ctx)
             check_same_data(folder, data_hashes(tokens.train, tokens.evaluation), resume=resume)
             write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))
-            model = load_base(base, planned, config, tokenizer, new_ids, ctx)
+            calibration = calibrate_on(base, tokens, planned, config, tokenizer, ctx)
+            model = load_base(base, planned, config, tokenizer, new_ids, calibration, ctx)
             ctx = replace(ctx, new_token_ids=tuple(new_ids))
             model, adapter = attach_adapter(model, planned, config, tokenizer, tokens, checkpoint, ctx)
             fitted = fit(model, tokenizer, tokens, planned, config, adapter, checkpoint, ctx)
-            artifact = leave_artifact(fitted, tokenizer, tokens, planned, config, adapter, ctx)
+            artifact = leave_artifact(fitted, tokenizer, tokens, planned, config, adapter, calibration, ctx)
             publish(artifact, config, ctx)
         except BaseException as error:
             planned.hooks.observe("run_error", error=error, ctx=ctx)
@@ -265,12 +268,30 @@ def _tell(what: str, report: TokenReport, ctx: RunContext) -> None:
         ctx.log.warning("%s: %s", what, warning)
 
 
+def calibrate_on(
+    base: Path,
+    tokens: Tokens,
+    planned: Planned,
+    config: FinetuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx: RunContext,
+) -> CalibrationRows | None:
+    """What a quantizer measures on: rows of the training data, or those that the config names. None: nothing asks."""
+    from .quantization.calibration import measured_rows
+
+    if config.quantization is None:
+        return None
+    plugin = planned.hooks.plugin("quantizer", quantizer_name(config))
+    return measured_rows(base, config.quantization, plugin, tokens.train, tokenizer, config.base_dir, ctx)
+
+
 def load_base(
     base: Path,
     planned: Planned,
     config: FinetuneConfig,
     tokenizer: PreTrainedTokenizerBase,
     new_ids: list[int],
+    calibration: CalibrationRows | None,
     ctx: RunContext,
 ) -> Module:
     """The base's weights, quantized where the config says so, on the run's device, with rows for the new tokens."""
@@ -278,7 +299,14 @@ def load_base(
     from .quantization.base import load_quantizable
 
     model = load_quantizable(
-        base, config.quantization, planned.hooks, ctx, training=True, trust_remote_code=config.trust_remote_code
+        base,
+        config.quantization,
+        planned.hooks,
+        ctx,
+        training=True,
+        bits=planned.bits,
+        calibration=calibration,
+        trust_remote_code=config.trust_remote_code,
     )
     grow_embeddings(model, tokenizer, new_ids)
     return model
@@ -353,10 +381,12 @@ def leave_artifact(
     planned: Planned,
     config: FinetuneConfig,
     adapter: AdapterConfig,
+    calibration: CalibrationRows | None,
     ctx: RunContext,
 ) -> Artifact:
     """Adapter, tokenizer, plan, versions, hashes, metrics, and a model card that tells them."""
     from .monitoring.plot import draw_loss_curve
+    from .quantization.calibration import rows_hash
 
     with writing("the artifact", ctx.output):
         planned.hooks.adapter(config.adapter.type).adapter_save(
@@ -370,6 +400,7 @@ def leave_artifact(
             config,
             adapter,
             metrics=fitted.metrics,
+            calibration=rows_hash(calibration) if calibration else None,
             data={
                 **tokens.provenance,
                 "tokenized": asdict(tokens.report),

@@ -26,7 +26,7 @@ from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
 from .planning_hooks import PlanningHooks
-from .quantization.base import uniform_bits
+from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost, with_checkpoint
 from .secret_checks import secret_problems
 from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems, warmup_problems
 
@@ -48,13 +48,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and what was found on the way to it that the run needs again."""
+    """A plan, and what was found on the way to it that the run needs again.
+
+    `config` is what was asked for, with what a quantized base brings along; `bits` are those of its modules, None
+    where nothing is quantized or they are shared out later.
+    """
 
     plan: Plan
+    config: FinetuneConfig
     hooks: RunHooks
     source: BaseModelSource
     facts: ModelFacts
     processor: DatasetProcessor | None
+    bits: BitPlan | None
 
 
 def make_plan(
@@ -77,9 +83,10 @@ def make_plan(
     """
     problems = secret_problems(config.as_data())
     training = config.training
+    source, facts = _base_model(config, problems)
+    config, saved_bits = with_checkpoint(config, source, facts, problems)
     hooks, choices = choose_plugins(config)
     asked = PlanningHooks(hooks)
-    source, facts = _base_model(config, problems)
     processor = _processor(config, problems)
     rows = rows or _counted(config, processor, problems)
     if evaluation_rows is not None:
@@ -88,7 +95,7 @@ def make_plan(
     dtype = choose_dtype(config.dtype, device)
     steps, why_no_steps = optimizer_steps(config, rows)
     _check_adapter(config, asked, facts, problems)
-    bits = _check_quantizer(config, asked, facts, device, problems)
+    bits = planned_bits(config, asked, facts, saved_bits, device, problems)
     found = asked.objective(config.objective.type).objective_check(config=config.objective)
     problems += [problem.at("objective") for problem in found or []]
     _check_training(config, facts, rows, device, steps, problems)
@@ -103,7 +110,7 @@ def make_plan(
         choices=tuple(choices),
         device=device,
         dtype=dtype,
-        settings=_settings(config, facts, targets, rows),
+        settings=_settings(config, facts, targets, rows, bits),
         checks=tuple(_checks(config, facts)),
         steps=steps,
         why_no_steps=why_no_steps,
@@ -112,7 +119,7 @@ def make_plan(
         trainable=trainable,
         versions=versions(choices),
     )
-    return Planned(plan, hooks, source, facts, processor)
+    return Planned(plan, config, hooks, source, facts, processor, bits.known if bits else None)
 
 
 def effective_max_length(config: FinetuneConfig, facts: ModelFacts) -> int:
@@ -251,19 +258,6 @@ def _check_adapter(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFac
         )  # fmt: skip
 
 
-def _check_quantizer(
-    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, device: str, problems: list[Problem]
-) -> BitPlan | None:
-    if config.quantization is None:
-        return None
-    bits = uniform_bits(config.quantization)
-    found = hooks.quantizer(quantizer_name(config)).quantizer_check(
-        config=config.quantization, model=facts, bits=bits, device=device
-    )
-    problems += [problem.at("quantization") for problem in found or []]
-    return bits
-
-
 def _adapter_targets(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> list[str] | None:
     if not facts.known:
         return None
@@ -275,7 +269,7 @@ def _adapter_targets(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelF
 
 
 def _memory(
-    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, bits: BitPlan | None, dtype: str
+    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, bits: PlannedBits | None, dtype: str
 ) -> tuple[dict[str, int], int | None]:
     if not facts.known:
         return {}, None
@@ -292,15 +286,17 @@ def _memory(
     adapter = adapter + Cost({"adapter": 4 * rows})
     quantizer: Cost | None = None
     if config.quantization is not None and bits is not None:
-        quantizer = hooks.quantizer(quantizer_name(config)).quantizer_estimate(
-            config=config.quantization, model=facts, bits=bits, dtype=dtype
-        )
+        quantizer = quantized_cost(config.quantization, hooks, facts, bits, dtype)
     return forecast(facts, adapter, quantizer, work), adapter.memory.get("adapter", 0) // 4
 
 
-def _settings(config: FinetuneConfig, facts: ModelFacts, targets: list[str] | None, rows: Rows) -> dict[str, str]:
+def _settings(
+    config: FinetuneConfig, facts: ModelFacts, targets: list[str] | None, rows: Rows, bits: PlannedBits | None
+) -> dict[str, str]:
     training = config.training
     settings = {"base model": config.base_model + (f" ({facts.parameters:,} parameters)" if facts.known else "")}
+    if config.quantization is not None and bits is not None:
+        settings["quantization"] = described(config.quantization, bits)
     if targets is not None:
         names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets))
         settings["adapter on"] = f"{len(targets)} modules: {names}"

@@ -13,7 +13,12 @@ from hyperion_core.kinds import Plugin
 from hyperion_core.registry import registry
 
 # By the verb of a hook: what it must give.
-_GIVES: dict[str, tuple[type, ...]] = {"check": (list, type(None)), "targets": (list,), "estimate": (Cost,)}
+_GIVES: dict[str, tuple[type, ...]] = {
+    "check": (list, type(None)),
+    "targets": (list,),
+    "estimate": (Cost,),
+    "recognize": (tuple,),
+}
 
 
 class PlanningHooks:

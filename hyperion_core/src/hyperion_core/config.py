@@ -10,9 +10,19 @@ Plugins derive their options from `AdapterConfig`, `QuantizationConfig` or `Plug
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 from typing_extensions import Self
@@ -178,25 +188,83 @@ class AdapterConfig(PluginConfig):
     """Options that every adapter has."""
 
 
+class CalibrationConfig(StrictModel):
+    """What is measured on before weights are rounded: rows of the run's own training data, unless `dataset` names
+    other ones."""
+
+    dataset: str | None = Field(None, min_length=1, description="A path, a hub id, or package://module/file.")
+    rows: PositiveInt = Field(128, description="Rows, at most.")
+    max_length: PositiveInt = Field(512, description="Tokens of a row, at most.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the choice of rows.")
+
+
 class QuantizationConfig(StrictModel):
     """Options that every quantizer has; a method's own options live in its plugin's model, derived from this one.
+
+    A quantizer is given a `BitPlan` beside its config and goes by that: `bits` may be "auto".
 
     Example: `QuantizationConfig(bits=4, group_size=128, double_quant=True)`.
     """
 
-    method: str | None = Field(None, description="The quantizer's name; None takes the only one installed.")
-    bits: PositiveInt = Field(4, le=16, description="Bits a weight.")
+    method: str | None = Field(None, description="The quantizer's name; None takes one that can do the rest.")
+    bits: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
+        4, description='Bits a weight; "auto" gives each module its own.'
+    )
     group_size: PositiveInt | None = Field(None, description="Weights that share a scale; None is the method's own.")
     double_quant: bool | None = Field(None, description="Quantize the scales too; None is the method's own default.")
+    target_bits: Annotated[float, Field(gt=0, le=16)] | None = Field(
+        None, description="With bits: auto, take the bytes that so many bits everywhere would take."
+    )
+    budget_mb: PositiveFloat | None = Field(
+        None, description="With bits: auto, take so many MB (10^6 bytes) for the whole model."
+    )
+    bit_plan: str | None = Field(None, min_length=1, description="A file of bits by module, in place of bits.")
+    calibration: CalibrationConfig | None = Field(None, description="What is measured on; None is the default rows.")
 
-    #: Keys that mean something to this method; a plugin that has no such notion leaves a key out.
-    understood: ClassVar[frozenset[str]] = frozenset({"method", "bits", "group_size", "double_quant"})
+    _why_chosen: str = PrivateAttr("")
+
+    #: Of the keys that not every method has a notion of, group_size and double_quant, those that this one has.
+    understood: ClassVar[frozenset[str]] = frozenset({"group_size", "double_quant"})
+
+    @property
+    def why_chosen(self) -> str:
+        """Why it is this method, where the user named none."""
+        return self._why_chosen
+
+    def chosen_because(self, why: str) -> Self:
+        """The same options, whose method was chosen for that reason."""
+        chosen = self.model_copy()
+        chosen._why_chosen = why
+        return chosen
+
+    @field_validator("target_bits", "budget_mb", mode="before")
+    @classmethod
+    def _whole_numbers_too(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @classmethod
     def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:
-        shared = set(QuantizationConfig.model_fields)
-        return [
+        given = {key for key, value in data.items() if value is not None}
+        found = [
             Problem(key, f'"{key}" means nothing to this method', "the quantizer has no such notion", "leave it out")
-            for key in data
-            if key in shared and key not in cls.understood and data[key] is not None
+            for key in sorted(given & {"group_size", "double_quant"} - cls.understood)
         ]
+        targets = sorted(given & {"target_bits", "budget_mb"})
+        if "bit_plan" in given:
+            why = "the file says how many bits each module has"
+            found += [
+                Problem(key, f'"{key}" stands beside bit_plan', why, "leave one of the two out")
+                for key in ("bits", *targets)
+                if key in given
+            ]
+        elif data.get("bits") == "auto":
+            if len(targets) != 1:
+                what = "bits: auto has no budget" if not targets else "bits: auto has two budgets"
+                why = "the bits are shared out under one"
+                found.append(Problem("bits", what, why, "set target_bits (say 3.5) or budget_mb"))
+        else:
+            why = "there is nothing to share out where all modules have the same bits"
+            found += [
+                Problem(key, f'"{key}" needs bits: auto', why, "set bits: auto, or leave it out") for key in targets
+            ]
+        return found

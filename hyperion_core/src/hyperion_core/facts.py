@@ -163,7 +163,8 @@ class ParamGroup:
 
 @dataclass(frozen=True, slots=True)
 class Provides:
-    """What a quantizer can do. `dequantize`: it hands out full-precision weights; `calibration`: it wants data."""
+    """What a quantizer can do. `dequantize`: it hands out full-precision weights; `calibration`: it wants data;
+    `reads`: what `quantization_config.quant_method` says in checkpoints that it loads."""
 
     bits: frozenset[int] = frozenset()
     per_module: bool = False
@@ -171,6 +172,7 @@ class Provides:
     devices: frozenset[str] = frozenset()
     dequantize: bool = False
     calibration: bool = False
+    reads: frozenset[str] = frozenset()
 
     def offers(self) -> frozenset[str]:
         """The needs of an adapter that a base so quantized can meet."""

@@ -69,7 +69,8 @@ class Quantizer(Plugin):
 
     @classmethod
     def required(cls) -> tuple[str, ...]:
-        return (*super().required(), *(["quantizer_dequantize"] if cls.provides.dequantize else []))
+        asked = {"quantizer_dequantize": cls.provides.dequantize, "quantizer_recognize": bool(cls.provides.reads)}
+        return (*super().required(), *(hook for hook, wanted in asked.items() if wanted))
 
 
 class Scheduler(Plugin):

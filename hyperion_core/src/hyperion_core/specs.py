@@ -167,6 +167,12 @@ class QuantizerSpecs:
         stays as it is (embeddings, norms, the head) is held in `dtype`, a Workload's."""
 
     @driver
+    def quantizer_recognize(self, saved: Mapping[str, Any], model: ModelFacts) -> tuple[dict[str, Any], BitPlan]:
+        """Torch-free. Options of this plugin's config (not `method`; "bits" and "group_size" where all modules agree)
+        and the bits of a checkpoint, from the `quantization_config` in its config.json. Required with
+        `provides.reads`, which names the `quant_method`s it is asked about."""
+
+    @driver
     def quantizer_prepare(
         self, source: Path, config: QuantizationConfig, bits: BitPlan,
         calibration: Iterable[Mapping[str, Tensor]] | None, folder: Path, ctx: RunContext,

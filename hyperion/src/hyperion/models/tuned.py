@@ -72,7 +72,9 @@ def load_tuned(folder: str | Path, *, base_model: str | None = None, dtype: str 
     base = materialize(source, ctx.cache, ctx.log.info)
     tokenizer = load_tokenizer(artifact.folder)
     quantization = _quantization(artifact, hooks)
-    model: Module = load_quantizable(base, quantization, hooks, ctx, training=False)
+    model: Module = load_quantizable(
+        base, quantization, hooks, ctx, training=False, calibration_hash=artifact.adapter.get("calibration")
+    )
     new_ids = [tokenizer.get_vocab()[token] for token in artifact.adapter.get("new_tokens", [])]
     grow_embeddings(model, tokenizer, new_ids)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hyperion_core.artifact import sha256
 from hyperion_core.config import QuantizationConfig
@@ -16,12 +17,27 @@ from hyperion_core.kinds import Quantizer
 from hyperion_core.specs import QuantizerSpecs
 
 from ..data.identity import cache_identity
+from .calibration import rows_hash
+
+if TYPE_CHECKING:
+    from .calibration import CalibrationRows
 
 
 def prepared(
-    base: Path, plugin: Quantizer, hooks: QuantizerSpecs, config: QuantizationConfig, bits: BitPlan, ctx: RunContext
+    base: Path,
+    plugin: Quantizer,
+    hooks: QuantizerSpecs,
+    config: QuantizationConfig,
+    bits: BitPlan,
+    ctx: RunContext,
+    calibration: CalibrationRows | None = None,
+    calibration_hash: str | None = None,
 ) -> Path:
     """What is to be loaded in place of `base`: a folder of the cache, or `base` where nothing is made offline.
+
+    Args:
+        calibration: what the quantizer measures on, if it does; or
+        calibration_hash: of these rows, where they are not at hand: then the folder must be in the cache.
 
     The folder appears in the cache whole: it is written beside its place, then renamed. Of several processes that
     want it one quantizes while the others wait.
@@ -31,16 +47,20 @@ def prepared(
     """
     from filelock import FileLock
 
-    target = ctx.cache / "quantized" / _key(base, plugin, config, bits)
+    if calibration is not None:
+        calibration_hash = rows_hash(calibration)
+    target = ctx.cache / "quantized" / _key(base, plugin, config, bits, calibration_hash)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{target.name}.lock"):
             if target.is_dir():
                 return target
+            if calibration is None and calibration_hash is not None:
+                raise _gone(base, config, target)
             partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
             try:
                 made = hooks.quantizer_prepare(
-                    source=base, config=config, bits=bits, calibration=None, folder=partial, ctx=ctx
+                    source=base, config=config, bits=bits, calibration=calibration, folder=partial, ctx=ctx
                 )
                 if made is None or Path(made) != partial:
                     return made or base
@@ -56,10 +76,23 @@ def prepared(
     return target
 
 
-def _key(base: Path, plugin: Quantizer, config: QuantizationConfig, bits: BitPlan) -> str:
-    """Of everything that decides what is made: weights and config of the base, options, bits, the plugin's code."""
+def _gone(base: Path, config: QuantizationConfig, target: Path) -> ModelError:
+    return ModelError(
+        f"the quantized base of this adapter is no longer in the cache: {target}",
+        why=f"{config.method} made it of {base} and of data that the artifact does not hold",
+        fix="run the training again, which makes the same one; to have it in a place of your own, make it with "
+        "`hyperion quantize`, and name that as the base",
+    )
+
+
+def _key(base: Path, plugin: Quantizer, config: QuantizationConfig, bits: BitPlan, calibration_hash: str | None) -> str:
+    """Of everything that decides what is made: weights and config of the base, options, bits, what was measured on,
+    the plugin's code."""
     digest = hashlib.sha256()
     for path in sorted([*base.glob("*.safetensors"), base / "config.json"]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
-    digest.update(f"{config.model_dump_json()}\n{bits}\n{cache_identity(plugin)}".encode())
+    options = config.model_dump_json(
+        exclude={"bits", "group_size", "target_bits", "budget_mb", "bit_plan", "calibration"}
+    )
+    digest.update(f"{options}\n{bits}\n{calibration_hash}\n{cache_identity(plugin)}".encode())
     return f"{config.method}-{digest.hexdigest()[:16]}".replace(":", "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..kinds import Quantizer
 from ..plan import Plan
 from .bits import digest, equal, saved_tensors
 from .low_rank_delta import LowRankDelta
+from .planning import planning
 from .plugins import PluginConformance
 from .quantizer_trial import NEAR, UNQUANTIZED, Calibration, Trial, logits, loss, skip_unless
 from .refused import refused
@@ -118,8 +120,7 @@ class QuantizerConformance(PluginConformance):
 
     def test_a_group_size_that_does_not_fit_is_refused_or_works(self, trial: Trial) -> None:
         """One that does not divide the width of a layer: refused with a layer's name, or the model works."""
-        understood = getattr(trial.plugin.config_class, "understood", ())
-        skip_unless("group_size" in understood, "this method has no group_size")
+        skip_unless(self.has_groups(trial), "this method has no group_size")
         plan = BitPlan(trial.widths[0], MISFIT)
         if problems := trial.problems(plan):
             named = any(module.name in problems for module in trial.facts.linear()) or str(MISFIT) in problems
@@ -249,6 +250,31 @@ class QuantizerConformance(PluginConformance):
         grown = resident_bytes(again)
         assert grown <= size * (1 + NEAR), f"loaded again it takes {grown:,} bytes, and {size:,} before it was saved"
 
+    def test_what_it_saved_it_recognizes(self, trial: Trial, tmp_path: Path) -> None:
+        """From config.json alone, and without torch: the bits of every module, and options that its config takes."""
+        reads = trial.plugin.provides.reads
+        skip_unless(bool(reads), "provides.reads is empty")
+        plans = [BitPlan(bits, 0) for bits in trial.widths]
+        plans += [plan for plan in (BitPlan(bits, FITTING) for bits in trial.widths) if not trial.problems(plan)]
+        if trial.plugin.provides.per_module:
+            plans.append(BitPlan(trial.widths[0], 0, {"*.down_proj": (trial.widths[-1], 0), "*.k_proj": (16, 0)}))
+        for index, plan in enumerate(plans):
+            folder = tmp_path / str(index)
+            trial.save(trial.load(plan), plan, folder)
+            saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+            name = saved.get("quant_method")
+            assert name in reads, f'config.json says quant_method "{name}", and provides.reads has {sorted(reads)}'
+            with planning("quantizer_recognize"):
+                options, found = trial.hooks.quantizer_recognize(saved=saved, model=trial.facts)
+            trial.plugin.config_class.parse({**trial.options, **options})
+            for module in trial.facts.linear():
+                bits, group = plan.of(module.name)
+                read = found.of(module.name)
+                assert read[0] == bits and (not group or bits == UNQUANTIZED or read[1] == group), (
+                    f"{module.name} was saved with (bits, group size) {(bits, group)}, "
+                    f"and quantizer_recognize reads {read}"
+                )
+
     def test_a_base_of_other_bits_is_refused(self, trial: Trial, tmp_path: Path) -> None:
         """One that is quantized already, otherwise than planned: else it would be trained on unnoticed."""
         skip_unless(len(trial.widths) > 1, "one width alone is declared")
@@ -362,6 +388,9 @@ class QuantizerConformance(PluginConformance):
                 far = ((used - held).abs().max() / held.abs().max()).item()
                 assert far <= self.tolerance, f"the module of quantizer_requantize uses other numbers: {far:.1e} apart"
             assert equal(trial.weight(module, name), weight), "quantizer_requantize changes the module that it is given"
+
+    def has_groups(self, trial: Trial) -> bool:
+        return "group_size" in getattr(trial.plugin.config_class, "understood", ())
 
     def needs_dequantize(self, trial: Trial) -> None:
         skip_unless(trial.plugin.provides.dequantize, "provides.dequantize is False")

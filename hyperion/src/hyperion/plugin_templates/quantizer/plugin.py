@@ -31,7 +31,7 @@ class ChangemeConfig(QuantizationConfig):
     method: str = "changeme"
     symmetric: bool = Field(False, description="Steps on both sides of 0 alike: no zero points, a little less exact.")
 
-    understood = frozenset({"method", "bits", "group_size"})  # of the keys that quantizers share; not double_quant
+    understood = frozenset({"group_size"})  # of the two keys that not every method has a notion of; not double_quant
 
 
 class ChangemeQuantizer(Quantizer):
@@ -44,6 +44,7 @@ class ChangemeQuantizer(Quantizer):
         trainable=True,
         devices=frozenset({"cpu", "cuda"}),
         dequantize=True,
+        reads=frozenset({"changeme"}),
     )
 
     # --- planning: no torch here ---
@@ -75,6 +76,13 @@ class ChangemeQuantizer(Quantizer):
         return Cost({"weights": total}, disk=total)
 
     # --- loading ---
+
+    def quantizer_recognize(self, saved: Mapping[str, Any]) -> tuple[dict[str, Any], BitPlan]:
+        modules = {name: (bits, group) for name, (bits, group) in saved["modules"].items()}
+        options: dict[str, Any] = {"symmetric": saved["symmetric"]}
+        if len(set(modules.values())) == 1:  # all alike
+            options["bits"], options["group_size"] = next(iter(modules.values()))
+        return options, BitPlan(16, 0, modules)
 
     def quantizer_load_kwargs(self) -> dict[str, Any]:
         _register_with_transformers()  # for a model that `quantizer_save` wrote

@@ -1,0 +1,182 @@
+"""Bases that are quantized already, and what is measured before one is quantized, from the config to the reload."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperion import FinetuneConfig, HyperionError, Trainer
+from hyperion.data import DatasetProcessor
+from hyperion.models import load_tuned
+from hyperion.planning import make_plan
+
+ROWS = [{"prompt": f"{n} plus {n} is", "completion": f" {n + n}"} for n in range(24)]
+# Quantizes offline, after a look at data: it writes down what it saw.
+MEASURES = """
+import json
+from dataclasses import replace
+from pathlib import Path
+from acme_rtn import RtnConfig, RtnQuantizer
+
+class MeasuresConfig(RtnConfig):
+    method: str = "measures"
+
+class Measures(RtnQuantizer):
+    config_class = MeasuresConfig
+    provides = replace(RtnQuantizer.provides, calibration=True, reads=frozenset())
+
+    def quantizer_prepare(self, source, config, bits, calibration, folder, ctx):
+        from transformers import AutoModelForCausalLM
+
+        rows = [row["input_ids"].tolist() for row in calibration]
+        assert all(row["attention_mask"].shape == row["input_ids"].shape for row in calibration)
+        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True)
+        self.quantizer_save(self.quantizer_after_load(model, config, bits, False), config, folder)
+        with Path(ctx.cache, "seen.jsonl").open("a") as file:
+            file.write(json.dumps(rows) + "\\n")
+        return folder
+"""
+
+
+@pytest.fixture(autouse=True)
+def installed(fake_dist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template's quantizer as "rtn", and one made of it that measures; a cache of the test's own."""
+    source = files("hyperion") / "plugin_templates" / "quantizer" / "plugin.py"
+    module = source.read_text(encoding="utf-8").replace("changeme", "rtn").replace("Changeme", "Rtn")
+    fake_dist(
+        "acme-rtn",
+        {"hyperion.quantizers": {"rtn": "acme_rtn:RtnQuantizer", "measures": "acme_measures:Measures"}},
+        {"acme_rtn": module, "acme_measures": MEASURES},
+    )
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("HYPERION_CACHE", str(tmp_path / "cache"))
+
+
+def config(base: Path, quantization: dict[str, Any] | None, **training: Any) -> FinetuneConfig:
+    return FinetuneConfig(
+        base_model=str(base),
+        dtype="float32",
+        adapter={"type": "lora", "r": 4, "target_modules": "all-linear"},
+        quantization=quantization,
+        training={"per_device_train_batch_size": 4, "use_cpu": True, "max_steps": 2, "eval_samples": 0, **training},
+    )
+
+
+def trained(config: FinetuneConfig, folder: Path, rows: Any = ROWS) -> Path:
+    Trainer(config).train(DatasetProcessor(dataset=rows).prepare()[0], output_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny base in 2 bits, groups of 16, as the quantizer's own library saves it."""
+    from acme_rtn import RtnConfig, RtnQuantizer
+    from hyperion_core.facts import BitPlan
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "quantized"))
+    model, plugin = AutoModelForCausalLM.from_pretrained(folder), RtnQuantizer()
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    options = RtnConfig(symmetric=True)
+    plugin.quantizer_save(plugin.quantizer_after_load(model, options, BitPlan(2, 16), False), options, folder)
+    return folder
+
+
+# --- a base that is quantized already ---
+
+
+def test_it_brings_its_method_and_options_along(checkpoint: Path, tmp_path: Path) -> None:
+    asked = config(checkpoint, None)
+    planned = make_plan(asked, device="cpu")
+    assert dict(planned.plan.rows())["quantization"] == (
+        "2 bits in groups of 16; rtn, because the base is quantized already, and it loads that"
+    )
+    assert planned.config.quantization is not None and planned.config.quantization.symmetric is True  # type: ignore[attr-defined]
+    folder = trained(asked, tmp_path / "out")
+    held = {type(module).__name__ for module in load_tuned(folder).model.modules()}
+    assert "PackedLinear" in held
+
+
+def test_what_the_config_says_too_must_agree(checkpoint: Path) -> None:
+    make_plan(config(checkpoint, {"method": "rtn", "bits": 2, "group_size": 16}), device="cpu")
+    with pytest.raises(HyperionError) as caught:
+        make_plan(config(checkpoint, {"method": "rtn", "bits": 4}), device="cpu")
+    assert "quantized already, otherwise than the config asks for" in str(caught.value)
+    assert "bits: 2 in the checkpoint, 4 in the config" in str(caught.value)
+    with pytest.raises(HyperionError, match="target_bits shares out bits that are fixed"):
+        make_plan(config(checkpoint, {"method": "rtn", "bits": "auto", "target_bits": 3}), device="cpu")
+
+
+def test_another_method_does_not_quantize_it_again(checkpoint: Path) -> None:
+    with pytest.raises(HyperionError) as caught:
+        make_plan(config(checkpoint, {"method": "measures"}), device="cpu")
+    assert 'is quantized already, by "rtn", and measures cannot quantize it again' in str(caught.value)
+    assert "it is loaded as it is, by" in str(caught.value)
+
+
+def test_a_method_that_nobody_here_knows_is_refused(checkpoint: Path) -> None:
+    saved = json.loads((checkpoint / "config.json").read_text())
+    saved["quantization_config"]["quant_method"] = "quip"
+    (checkpoint / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(HyperionError, match='is quantized already, by "quip", and no installed quantizer loads that'):
+        make_plan(config(checkpoint, None), device="cpu")
+
+
+# --- what is measured ---
+
+
+def seen(tmp_path: Path) -> list[list[Any]]:
+    return [json.loads(line) for line in (tmp_path / "cache/seen.jsonl").read_text().splitlines()]
+
+
+def test_it_measures_rows_of_the_training_data_once(tiny_model: Path, tmp_path: Path) -> None:
+    """And again only for other rows; what was made once is found again without them."""
+    measures = {"method": "measures", "group_size": 16, "calibration": {"rows": 20, "max_length": 9}}
+    for name, calibration in (("a", {}), ("b", {}), ("c", {"seed": 1})):
+        options = {**measures, "calibration": {**measures["calibration"], **calibration}}  # type: ignore[dict-item]
+        trained(config(tiny_model, options), tmp_path / name)
+    first, other = seen(tmp_path)
+    assert len(first) == 20 and {len(row[0]) for row in first} == {9} and first != other
+    assert "PackedLinear" in {type(module).__name__ for module in load_tuned(tmp_path / "a").model.modules()}
+    assert len(seen(tmp_path)) == 2
+
+    shutil.rmtree(tmp_path / "cache/quantized")
+    with pytest.raises(HyperionError, match="the quantized base of this adapter is no longer in the cache"):
+        load_tuned(tmp_path / "a")
+
+
+def test_it_measures_data_that_the_config_names(tiny_model: Path, tmp_path: Path) -> None:
+    other = [{"text": f"row {n} of quite another kind of data " * 3} for n in range(8)]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
+    named = {"method": "measures", "group_size": 16, "calibration": {"dataset": str(tmp_path / "other.jsonl")}}
+    trained(config(tiny_model, named), tmp_path / "out")
+    (rows,) = seen(tmp_path)
+    assert len(rows) == 8 and min(len(row[0]) for row in rows) > 50
+
+
+def test_too_few_tokens_to_measure_are_refused_and_nothing_is_left(tiny_model: Path, tmp_path: Path) -> None:
+    measures = {"method": "measures", "group_size": 16, "calibration": {"rows": 2, "max_length": 8}}
+    with pytest.raises(HyperionError, match="the calibration data is too short: 16 tokens in 2 rows"):
+        trained(config(tiny_model, measures), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache/seen.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "quantization, says",
+    [
+        ({"method": "rtn", "calibration": {"rows": 8}}, "nothing is measured in this run"),
+        ({"method": "measures", "calibration": {"dataset": "nowhere.jsonl"}}, "quantization.calibration"),
+        ({"method": "measures", "bits": "auto", "target_bits": 1.5}, "1.5 bits cannot be reached"),
+        ({"method": "rtn", "bits": 5}, "rtn cannot hold weights in 5 bits"),
+    ],
+)
+def test_what_cannot_be_is_refused_while_planning(tiny_model: Path, quantization: dict[str, Any], says: str) -> None:
+    with pytest.raises(HyperionError) as caught:
+        make_plan(config(tiny_model, quantization), device="cpu")
+    assert says in str(caught.value)
