@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hyperion_core.context import NoProgress
 
 from hyperion import FinetuneConfig, HyperionError, Trainer
 from hyperion.data import DatasetProcessor
+from hyperion.lock import gather
 from hyperion.models import load_tuned
 from hyperion.planning import make_plan
 
@@ -158,6 +160,24 @@ def test_it_measures_data_that_the_config_names(tiny_model: Path, tmp_path: Path
     trained(config(tiny_model, named), tmp_path / "out")
     (rows,) = seen(tmp_path)
     assert len(rows) == 8 and min(len(row[0]) for row in rows) > 50
+
+
+def test_other_data_to_measure_is_another_run(tiny_model: Path, tmp_path: Path) -> None:
+    """Refused when it is resumed; and the lock knows the data, and a file of bits."""
+    named = tmp_path / "other.jsonl"
+    named.write_text("\n".join(json.dumps({"text": f"row {n} of some text " * 4}) for n in range(8)), encoding="utf-8")
+    options = {"method": "measures", "group_size": 16, "calibration": {"dataset": str(named)}}
+    asked = config(tiny_model, options, save_steps=1, save_total_limit=5)
+    folder = trained(asked, tmp_path / "out")
+    facts = gather(make_plan(asked, device="cpu"), {}, NoProgress())["data"]
+    assert any(key.startswith("calibration") and "other.jsonl" in key for key in facts)
+
+    shutil.rmtree(folder / "checkpoint-2")
+    (folder / "hyperion.json").unlink()
+    named.write_text(named.read_text(encoding="utf-8").replace("some", "another"), encoding="utf-8")
+    with pytest.raises(HyperionError, match=r"the calibration data is not what the run in .* began with"):
+        Trainer(asked).train(DatasetProcessor(dataset=ROWS).prepare()[0], output_dir=folder, resume=True)
+    assert gather(make_plan(asked, device="cpu"), {}, NoProgress())["data"] != facts
 
 
 def test_too_few_tokens_to_measure_are_refused_and_nothing_is_left(tiny_model: Path, tmp_path: Path) -> None:

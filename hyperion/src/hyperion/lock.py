@@ -5,7 +5,8 @@
 - plugins: of every distribution of the contract that takes part, its version and the SHA-256 of its Python source;
 - libraries: versions of Python, of the libraries that a run is built on, and of those that its plugins ask for;
 - model: the commit of a hub model, or the SHA-256 of every file of a local one;
-- data: SHA-256 of local files or the commit of a hub dataset, how they are split, and a fingerprint of the rows.
+- data: SHA-256 of local files or the commit of a hub dataset, how they are split, and a fingerprint of the rows; the
+  same of data that a quantizer measures on, and of a file of bits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hyperion_core.errors import ArtifactError, TrainingError
 from hyperion_core.registry import FRAMEWORK
 
 from .data.identity import source_hash
+from .data.processor import DatasetProcessor
 from .models.hub_commit import commit_of_snapshot, hub_commit
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def gather(planned: Planned, provenance: Mapping[str, Any], progress: Progress, 
     Raises:
         HyperionError: the model or the data cannot be had.
     """
-    return {**_software(planned), "model": _model(planned, base, progress), "data": dict(_flat(provenance))}
+    data = dict(_flat({**provenance, **_measured(planned, progress)}))
+    return {**_software(planned), "model": _model(planned, base, progress), "data": data}
 
 
 def gather_for(planned: Planned, progress: Progress) -> Facts:
@@ -209,6 +212,20 @@ def _model(planned: Planned, base: Path | None, progress: Progress) -> dict[str,
     assert source.path is not None  # of a local source
     files = [source.path] if source.path.is_file() else sorted(_model_files(source.path))
     return {"name": source.name, **{path.name: digest for path, digest in _hashed(files, progress)}}
+
+
+def _measured(planned: Planned, progress: Progress) -> dict[str, Any]:
+    """What decides how the base is quantized, beside the config: named calibration data, and a file of bits."""
+    config, found = planned.config, {}
+    if config.quantization is None:
+        return {}
+    if config.quantization.calibration is not None and config.quantization.calibration.dataset is not None:
+        rows = DatasetProcessor(config.quantization.calibration.dataset, base_dir=config.base_dir)
+        rows.prepare(progress=progress)
+        found["calibration"] = rows.provenance()
+    if config.quantization.bit_plan is not None:
+        found["bit plan"] = sha256((config.base_dir or Path()) / Path(config.quantization.bit_plan).expanduser())
+    return found
 
 
 def _model_files(folder: Path) -> Iterable[Path]:

@@ -113,9 +113,9 @@ def run(
             encoded = encode_data(base, planned, config, tokenizer, ctx, train, evaluation)
             report = audit_encoded(encoded, base, planned, config, tokenizer, ctx.progress)
             tokens = prepare_data(encoded, report, tokenizer, ctx)
-            check_same_data(folder, data_hashes(tokens.train, tokens.evaluation), resume=resume)
-            write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))
             calibration = calibrate_on(base, tokens, planned, config, tokenizer, ctx)
+            check_same_data(folder, all_hashes(tokens, calibration), resume=resume)
+            write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))
             model = load_base(base, planned, config, tokenizer, new_ids, calibration, ctx)
             ctx = replace(ctx, new_token_ids=tuple(new_ids))
             model, adapter = attach_adapter(model, planned, config, tokenizer, tokens, checkpoint, ctx)
@@ -283,6 +283,14 @@ def calibrate_on(
         return None
     plugin = planned.hooks.plugin("quantizer", quantizer_name(config))
     return measured_rows(base, config.quantization, plugin, tokens.train, tokenizer, config.base_dir, ctx)
+
+
+def all_hashes(tokens: Tokens, calibration: CalibrationRows | None) -> dict[str, str | None]:
+    """Of everything that is learnt from, evaluated or measured on."""
+    from .quantization.calibration import rows_hash
+
+    hashes = data_hashes(tokens.train, tokens.evaluation)
+    return {**hashes, "calibration": rows_hash(calibration)} if calibration else hashes
 
 
 def load_base(
