@@ -19,7 +19,7 @@ from bad_input.table import errors_page
 
 pytestmark = pytest.mark.slow
 
-AREAS = ("config", "data", "model", "plugins", "disk", "command_line")
+AREAS = ("config", "data", "model", "quantization", "plugins", "disk", "command_line")
 PAGE = Path(__file__).parent.parent / "docs/reference/errors.md"
 HERE = Path(__file__).parent / "bad_input"
 CASES: tuple[Case, ...] = tuple(

@@ -188,6 +188,32 @@ def test_too_few_tokens_to_measure_are_refused_and_nothing_is_left(tiny_model: P
 
 
 @pytest.mark.parametrize(
+    "full",
+    [
+        "OSError(28, 'No space left on device')",
+        "RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)')",
+    ],
+)
+def test_a_disk_that_is_full_is_told_and_nothing_half_made_is_left(
+    full: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import acme_measures
+
+    def save(self: Any, model: Any, config: Any, folder: Path) -> list[Path]:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise eval(full)
+
+    monkeypatch.setattr(acme_measures.Measures, "quantizer_save", save)
+    measures = {"method": "measures", "group_size": 16}
+    with pytest.raises(HyperionError) as caught:
+        trained(config(tiny_model, measures), tmp_path / "out")
+    assert "the quantized model cannot be kept in" in str(caught.value) and "No space left" in str(caught.value)
+    assert "HYPERION_CACHE" in str(caught.value)
+    left = [path.name for path in (tmp_path / "cache/quantized").iterdir() if not path.name.endswith(".lock")]
+    assert left == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "quantization, says",
     [
         ({"method": "rtn", "calibration": {"rows": 8}}, "nothing is measured in this run"),

@@ -66,7 +66,7 @@ class Case:
     """One thing that a user gets wrong.
 
     Args:
-        area: "config", "data", "model", "plugins", "disk" or "command line".
+        area: "config", "data", "model", "quantization", "plugins", "disk" or "command line".
         what: what the user did, as a cell of the table in the docs: "a key is misspelt".
         arrange: writes files below `place.folder`; gives the arguments of `hyperion`.
         says: texts that must all stand on stderr: what, whose, why, fix.

@@ -139,8 +139,6 @@ CASES: tuple[Case, ...] = (
     case("an option of PEFT that would change the base", changed(adapter={"init_lora_weights": "pissa"}),
          'the initialisation "pissa" cannot be used', "changes the base's weights"),
     case("an adapter without a name", changed(adapter={"type": ...}), '"type" is missing', "lora"),
-    case("quantization, and no quantizer is installed", changed(quantization={"bits": 4}),
-         "quantization needs a quantizer", "hyperion-ft[bnb]"),
     # Choices that do not go together.
     case("two kinds of warmup", changed(training={"warmup_ratio": 0.1, "warmup_steps": 1}),
          '"warmup_ratio" and "warmup_steps" stand together', "keep one of them"),

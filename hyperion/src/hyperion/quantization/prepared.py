@@ -17,6 +17,7 @@ from hyperion_core.kinds import Quantizer
 from hyperion_core.specs import QuantizerSpecs
 
 from ..data.identity import cache_identity
+from ..disk import refusal
 from .calibration import rows_hash
 
 if TYPE_CHECKING:
@@ -67,10 +68,14 @@ def prepared(
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except Exception as error:
+        # a library may have wrapped what the disk said, or the plugin what the library said
+        reason = refusal(error) or (isinstance(error.__cause__, Exception) and refusal(error.__cause__))
+        if not reason:
+            raise
         raise ModelError(
             f"the quantized model cannot be kept in {target.parent}",
-            why=error.strerror or str(error),
+            why=reason,
             fix="free some space, or set HYPERION_CACHE to a folder that can be written",
         ) from error
     return target
