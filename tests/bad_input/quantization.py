@@ -10,14 +10,8 @@ from typing import Any
 from .case import Case, Place
 from .model import WEIGHTS, config, cut, folder, trained
 
-GPTQ = {
-    "quant_method": "gptq",
-    "bits": 4,
-    "group_size": 32,
-    "sym": True,
-    "desc_act": False,
-    "checkpoint_format": "gptq",
-}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+NOWHERE = {"dataset": "nowhere.jsonl"}
 
 
 def validated(**quantization: Any) -> Callable[[Place], Sequence[str | Path]]:

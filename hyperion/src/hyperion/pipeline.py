@@ -15,6 +15,7 @@ from hyperion_core.artifact import Artifact
 from hyperion_core.config import AdapterConfig
 from hyperion_core.context import NoProgress, Progress, RunContext
 from hyperion_core.errors import DataError
+from hyperion_core.quiet import ON_IMPORT, errors_only
 from hyperion_core.secrets import hide_in_logs
 
 from .auditing import audit_encoded
@@ -131,7 +132,8 @@ def run(
 
 def plan_run(config: FinetuneConfig, train: Dataset | None, evaluation: Dataset | None) -> Planned:
     """The plan, made again on the device that torch really finds, with the training arguments checked."""
-    from .engine.fit import check_arguments
+    with errors_only(*ON_IMPORT):
+        from .engine.fit import check_arguments
     from .models.hardware import actual_device
 
     held_out = len(evaluation) if evaluation is not None else None

@@ -65,6 +65,8 @@ def load_quantizable(
     plugin: Any = hooks.plugin("quantizer", config.method)
     if bits is None or saved_quantization(base) is not None:
         bits = _bits(base, config, hooks, ctx, calibration, trust_remote_code)
+    elif config.bit_plan is not None:
+        _keep(bits, base, config, ctx)
     source = base
     if _prepares(plugin):
         source = prepared(base, plugin, quantizer, config, bits, ctx, calibration, calibration_hash)
@@ -101,6 +103,15 @@ def _bits(
     shutil.copyfile(made.with_name(HEAT_MAP), ctx.output / HEAT_MAP)
     shutil.copyfile(made, kept)
     return read_bit_plan(kept, None)
+
+
+def _keep(bits: BitPlan, base: Path, config: QuantizationConfig, ctx: RunContext) -> None:
+    """The bits of a file that the config names, in the output too: what is trained on them is loaded with them."""
+    from .bit_plan_file import write_bit_plan
+
+    if not (ctx.output / BIT_PLAN).is_file():
+        facts = model_facts(resolve_source(str(base)))
+        write_bit_plan(ctx.output / BIT_PLAN, bits, facts=facts, method=str(config.method))
 
 
 def _prepares(plugin: Quantizer) -> bool:

@@ -13,6 +13,7 @@ from hyperion_core.context import RunContext
 from hyperion_core.errors import ArtifactError, CompatibilityError, HyperionError, Problem
 from hyperion_core.facts import Cost, ModelFacts, ModuleFact, ParamGroup, Provides, Workload, is_output_head
 from hyperion_core.kinds import Adapter
+from hyperion_core.quiet import ON_IMPORT, errors_only
 
 from .targets import ALL_LINEAR, Selection, compact, saved_modules, saved_paths, select, selection_problems
 
@@ -118,7 +119,8 @@ class PeftAdapter(ABC, Adapter):
 
     def adapter_apply(self, model: Module, name: str, config: AdapterConfig, ctx: RunContext) -> Module:
         """Attach one; it alone trains and is in force afterwards."""
-        from . import attach, files
+        with errors_only(*ON_IMPORT):
+            from . import attach, files
 
         facts = attach.facts_of(model)
         problems = self.further_problems(config, facts, None)
@@ -150,7 +152,8 @@ class PeftAdapter(ABC, Adapter):
 
     def adapter_load(self, model: Module, name: str, folder: Path, trainable: bool, ctx: RunContext) -> Module:
         """Attach a saved one; a model that it does not fit stays as it was."""
-        from . import attach, files
+        with errors_only(*ON_IMPORT):
+            from . import attach, files
 
         folder = Path(folder)
         saved = files.read_config(folder, self.peft_type)

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from .beside_gptqmodel import without_gptqmodel
 from .tensors import AdapterTensor, adapter_tensors, base_biases, tuner_layers
 
 _STATE = "_hyperion_peft_state"
@@ -64,7 +65,7 @@ def attach(model: nn.Module, name: str, config: PeftConfig, seed: int) -> PeftMo
             why="biases belong to the base, and there is one set of them",
             fix='set bias: "none"',
         )
-    with _seeded(seed), _quiet():
+    with _seeded(seed), _quiet(), without_gptqmodel():
         try:
             if first:
                 model = PeftModelForCausalLM(model, config, adapter_name=name)

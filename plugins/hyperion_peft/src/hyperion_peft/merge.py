@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .attach import adapter_config, base_of, state_of
+from .beside_gptqmodel import without_gptqmodel
 
 ONLY = "only"  # the name of the one module in the model that a merge is made on
 
@@ -58,7 +59,8 @@ def _by_peft(
     own = copy.deepcopy(config)
     for key, value in {"target_modules": [ONLY], "exclude_modules": None, "modules_to_save": None, **options}.items():
         setattr(own, key, value)
-    holder = inject_adapter_in_model(own, holder, adapter_name=name)
+    with without_gptqmodel():
+        holder = inject_adapter_in_model(own, holder, adapter_name=name)
     merging = cast(Any, holder.get_submodule(ONLY))
     with torch.no_grad():
         for attribute in layer.adapter_layer_names:
