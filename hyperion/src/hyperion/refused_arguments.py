@@ -90,13 +90,13 @@ REFUSED: dict[str, tuple[str, str]] = {
 }
 
 _OWN_GROUPS = ("galore", "apollo", "lomo")
-# What an optimizer's name says of the module that has it, and the distribution to install; the first that fits counts.
+# What an optimizer's name says of the module that has it, and what to install; the first that fits counts.
 _OPTIMIZER_NEEDS: tuple[tuple[str, str, str], ...] = (
     (r"adamw_torch_[48]bit", "torchao", "torchao"),
     (r"adamw_torch_xla", "torch_xla", "torch_xla"),
     (r"adamw_torch_npu_fused", "torch_npu", "torch_npu"),
     (r"adamw_anyprecision", "torchdistx", "torchdistx"),
-    (r"ademamix|paged_.*|rmsprop_bnb|.*_(8|32)bit", "bitsandbytes", "bitsandbytes"),
+    (r"ademamix|paged_.*|rmsprop_bnb|.*_(8|32)bit", "bitsandbytes", '"hyperion-ft[bnb]"'),
     (r"grokadamw", "grokadamw", "grokadamw"),
     (r"schedule_free_.*", "schedulefree", "schedulefree"),
     (r"stable_adamw", "optimi", "torch-optimi"),
@@ -154,12 +154,12 @@ def _optimizer_problems(name: Any) -> list[Problem]:
     if any(family in name for family in _OWN_GROUPS):
         why = "it makes parameter groups of its own, and the adapter's carry its learning rates and decay"
         return [Problem("optim", f'"{name}" cannot train an adapter', why, "choose another, adamw_torch for one")]
-    for pattern, module, distribution in _OPTIMIZER_NEEDS:
+    for pattern, module, to_install in _OPTIMIZER_NEEDS:
         if re.fullmatch(pattern, name):
             if importlib.util.find_spec(module) is None:
-                fix = f"python -m pip install {distribution}, or choose another optimizer"
-                why = f"{distribution} is not installed"
-                return [Problem("optim", f'"{name}" needs {distribution}', why, fix)]
+                fix = f"python -m pip install {to_install}, or choose another optimizer"
+                why = f"no module {module} is found in this Python environment"
+                return [Problem("optim", f'"{name}" needs {module}', why, fix)]
             break
     return []
 

@@ -26,6 +26,7 @@ VOCABULARY = 64
 
 class LowRankConfig(AdapterConfig):
     type: str = "lowrank"
+    rank: int = 4
     dropout: float = 0.0
     lr_ratio: float = 1.0
 
@@ -49,8 +50,8 @@ class LowRank(Adapter):
     def adapter_apply(self, model, name, config, ctx):
         model.requires_grad_(False)
         for module in self.modules(model).values():
-            module.lowrank_a = nn.Parameter(torch.randn(4, module.in_features, dtype=torch.float32) * 0.2)
-            module.lowrank_b = nn.Parameter(torch.randn(module.out_features, 4, dtype=torch.float32) * 0.05)
+            module.lowrank_a = nn.Parameter(torch.randn(config.rank, module.in_features, dtype=torch.float32) * 0.2)
+            module.lowrank_b = nn.Parameter(torch.randn(module.out_features, config.rank, dtype=torch.float32) * 0.05)
             module.lowrank_drop = nn.Dropout(config.dropout)
             module.lowrank_on = True
             module.lowrank_hook = module.register_forward_hook(_add)

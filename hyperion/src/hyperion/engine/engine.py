@@ -204,6 +204,11 @@ class Engine(CheckpointedTrainer):
         groups = self.adapter.adapter_param_groups(model=self.model, name=ADAPTER_NAME, config=self.adapter_config)
         self._require_all_trainables([name for group in groups for name, _ in group.parameters], groups)
         chosen, options = optimizer_class(self.args)
+        device = self.args.device.type
+        if options.get("is_paged") and device != "cuda":
+            name = self.args.optim.value
+            self.ctx.log.warning("%s: nothing is paged on %s; the optimizer's state stays in memory", name, device)
+            options["is_paged"] = False
         self.optimizer = chosen(
             [
                 {
