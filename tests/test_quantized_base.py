@@ -130,6 +130,26 @@ def test_a_method_that_nobody_here_knows_is_refused(checkpoint: Path) -> None:
         make_plan(config(checkpoint, None), device="cpu")
 
 
+# --- bits by module ---
+
+
+def test_bits_that_are_shared_out_train_again_from_their_file_and_reload(tiny_model: Path, tmp_path: Path) -> None:
+    """The file of one run in the config of another: the same base to the bit, and so the same adapter."""
+    shared = {"method": "rtn", "group_size": 16, "bits": "auto", "target_bits": 3.5}
+    first = trained(config(tiny_model, shared), tmp_path / "first")
+    plan = json.loads((first / "bit_plan.json").read_text(encoding="utf-8"))
+    assert len(set(plan["modules"].values())) > 1 and (first / "bit_plan.png").is_file()
+    shutil.copy(first / "bit_plan.json", tmp_path / "plan.json")
+    again = trained(config(tiny_model, {"method": "rtn", "bit_plan": str(tmp_path / "plan.json")}), tmp_path / "again")
+    assert (again / "adapter_model.safetensors").read_bytes() == (first / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "plan.json").unlink()
+    for folder in (first, again):
+        model = load_tuned(folder).model
+        held = {n.removeprefix("base_model.model.").removesuffix(".base_layer"): m.bits  # type: ignore[attr-defined]
+                for n, m in model.named_modules() if type(m).__name__ == "PackedLinear"}  # fmt: skip
+        assert held == {name: bits for name, bits in plan["modules"].items() if bits != 16}
+
+
 # --- what is measured ---
 
 

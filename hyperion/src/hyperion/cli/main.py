@@ -8,9 +8,10 @@ from typing import NoReturn
 
 import typer
 from hyperion_core.errors import HyperionError
+from hyperion_core.quiet import ON_IMPORT, errors_only
 from hyperion_core.secrets import RedactedStream
 
-from . import data, lock, plugins, schema, train, validate
+from . import compare, data, inspect, lock, merge, plugins, quantize, schema, train, validate
 from .usage import ClickError, explained
 
 app = typer.Typer(
@@ -23,6 +24,10 @@ app = typer.Typer(
 )
 app.command("validate")(validate.validate)
 app.command("train")(train.train)
+app.command("merge")(merge.merge)
+app.command("quantize")(quantize.quantize)
+app.command("inspect")(inspect.inspect)
+app.command("compare")(compare.compare)
 app.command("lock")(lock.lock)
 app.command("schema")(schema.schema)
 app.add_typer(data.app, name="data")
@@ -56,7 +61,8 @@ def run() -> None:
     # pydantic's plugins: to look for them it reads all that is installed, and one malformed distribution would end it.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
-        sys.exit(app(prog_name="hyperion", standalone_mode=False))
+        with errors_only(*ON_IMPORT):
+            sys.exit(app(prog_name="hyperion", standalone_mode=False))
     except HyperionError as error:
         _stop(error)
     except ClickError as error:

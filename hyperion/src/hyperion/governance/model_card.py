@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,45 @@ def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
         _loading(artifact),
         _LIMITS,
         _table("Versions", list(artifact.versions.items())),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def merged_card(artifact: Artifact, held: str, parity: Mapping[str, Any]) -> str:
+    """README.md of a model that an adapter was merged into: where it comes from, and how near it is to that.
+
+    Args:
+        artifact: the run's, whose adapter it was.
+        held: how the weights are held now: "float16", or "4 bits by bnb".
+        parity: the content of parity.json.
+    """
+    artifact = redacted_data(artifact)
+    base_model, kind = str(artifact.adapter["base_model"]), str(artifact.adapter["type"])
+    front = {**_front_matter(artifact, base_model), "library_name": "transformers"}
+    was = (artifact.adapter.get("quantization") or {}).get("method")
+    results = [(name, f"{value:.6g}") for name, value in artifact.metrics.items()]
+    origin = [
+        ("base", public_name(base_model)),
+        ("adapter", f"{kind}, {artifact.adapter['distribution']} {artifact.adapter['version']}"),
+        ("base while it was trained", f"quantized by {was}" if was else "not quantized"),
+        ("weights now", held),
+    ]
+    figures = [(key, _inline(value)) for key, value in parity["figures"].items() if value not in ([], None)]
+    asked = [(f"tolerance: {key}", _inline(value)) for key, value in parity["tolerance"].items()]
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {public_name(base_model)} with a {kind} adapter merged into it",
+        "Tuned with Hyperion. The adapter's change is part of the weights: no adapter has to be loaded.",
+        _table("Origin", origin),
+        _table("Parity with base and adapter apart", [*figures, *asked]),
+        "KL divergences are nats a token. What was compared is in `parity.json`.",
+        _table("Results of the run, before merging", results),
+        "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```',
+        f"Its weights are {held}: the library of {was} has to be installed." if held.endswith(f" by {was}") else "",
+        _LIMITS,
+        _table("Versions of the training", list(artifact.versions.items())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

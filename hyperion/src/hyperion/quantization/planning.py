@@ -78,20 +78,21 @@ def with_checkpoint(
 
 
 def planned_bits(
-    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, saved: BitPlan | None, device: str,
-    problems: list[Problem],
+    quantization: QuantizationConfig | None, base_dir: Path | None, hooks: PlanningHooks, facts: ModelFacts,
+    saved: BitPlan | None, device: str, problems: list[Problem],
 ) -> PlannedBits | None:  # fmt: skip
     """The bits of each module, and what stands against them; None without quantization.
 
-    `saved` are the bits of a base that is quantized already.
+    Args:
+        base_dir: where relative paths of the config start.
+        saved: the bits of a base that is quantized already.
     """
-    quantization = config.quantization
     if quantization is None:
         return None
     found: list[Problem] = []
     provides = cast(Quantizer, hooks.plugin("quantizer", str(quantization.method))).provides
     try:
-        bits = PlannedBits(saved, saved) if saved else _bits(quantization, provides.bits, facts, config.base_dir)
+        bits = PlannedBits(saved, saved) if saved else _bits(quantization, provides.bits, facts, base_dir)
     except HyperionError as error:
         given = error.problems if isinstance(error, ConfigError) else [Problem("", error.what, error.why, error.fix)]
         problems += [problem.at("quantization") for problem in given]
@@ -107,7 +108,7 @@ def planned_bits(
         for each in driver.quantizer_check(config=quantization, model=facts, bits=plan, device=device) or []:
             if each not in found:
                 found.append(each)
-    found += _calibration_problems(config, quantization, measured=provides.calibration or bits.known is None)
+    found += _calibration_problems(quantization, base_dir, measured=provides.calibration or bits.known is None)
     problems += [problem.at("quantization") for problem in found]
     return bits
 
@@ -175,7 +176,7 @@ def _nearest(config: QuantizationConfig, widths: frozenset[int]) -> int:
     return next((width for width in offered if target is not None and width >= target), 16 if target else offered[-1])
 
 
-def _calibration_problems(config: FinetuneConfig, quantization: QuantizationConfig, *, measured: bool) -> list[Problem]:
+def _calibration_problems(quantization: QuantizationConfig, base_dir: Path | None, *, measured: bool) -> list[Problem]:
     if quantization.calibration is None:
         return []
     if not measured:
@@ -184,7 +185,7 @@ def _calibration_problems(config: FinetuneConfig, quantization: QuantizationConf
     if quantization.calibration.dataset is None:
         return []
     try:
-        DatasetProcessor(quantization.calibration.dataset, base_dir=config.base_dir).check_first_rows()
+        DatasetProcessor(quantization.calibration.dataset, base_dir=base_dir).check_first_rows()
     except DataArgumentsError as error:
         return [problem.at("calibration") for problem in error.problems]
     except DataError as error:

@@ -36,8 +36,8 @@ def merged(
         raise CompatibilityError(
             f"the base has no module {module}", why=str(error), fix="name a module of the base"
         ) from error
-    if isinstance(found, ModulesToSaveWrapper) and name in found.modules_to_save:
-        trained = found.modules_to_save[name]
+    trained = _trained_copy(model, name, module)
+    if trained is not None:
         own = getattr(trained, "bias", None)
         return _fp32(cast(Tensor, trained.weight)), None if own is None else _fp32(own)
     if isinstance(found, TrainableTokensWrapper) and name in found.token_adapter.trainable_tokens_delta:
@@ -49,6 +49,20 @@ def merged(
     if getattr(config, "bias", "none") != "none":
         bias = _trained_bias(model, name, module, bias)
     return _by_peft(found, name, config, weight, bias, options)
+
+
+def _trained_copy(model: nn.Module, name: str, module: str) -> nn.Module | None:
+    """The copy of `module` that is trained in full, alone or within a copy of what contains it."""
+    within, rest = base_of(model), module.split(".")
+    while rest:
+        within = within.get_submodule(rest.pop(0))
+        if isinstance(within, ModulesToSaveWrapper):
+            if name not in within.modules_to_save:
+                return None
+            return within.modules_to_save[name].get_submodule(".".join(rest))
+        if isinstance(within, BaseTunerLayer):
+            return None
+    return None
 
 
 def _by_peft(
