@@ -150,7 +150,7 @@ def test_every_public_name_is_there_and_described(pages: dict[str, str]) -> None
 def test_every_module_that_plugins_import_is_there() -> None:
     """What first-party plugins and templates import of the core, others will too."""
     root = DOCS.parent
-    sources = [*root.glob("hyperion_adapters_*/src/**/*.py"), *root.glob("plugins/*/src/**/*.py")]
+    sources = [*root.glob("hyperion_[aq]*/src/**/*.py"), *root.glob("plugins/*/src/**/*.py")]
     sources += root.glob("hyperion/src/hyperion/plugin_templates/**/*.py")
     imported = {
         module

@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 FRAMEWORK = "hyperion-ft"
 APACHE = {"hyperion-core"}
+EXTRAS = ("bnb", "gptq", "torchao")
 FOLDERS = {
     FRAMEWORK: ROOT,
     **{
@@ -89,8 +90,10 @@ def test_every_distribution_of_ours_was_installed_from_this_checkout() -> None:
 
 
 def test_the_checkout_satisfies_what_its_distributions_ask_of_each_other() -> None:
-    asked = [(name, item) for name in FOLDERS for item in requirements(name, "dev") if is_ours(item)]
-    assert {item.name for _, item in asked} == set(FOLDERS) - {FRAMEWORK}, "the base install is all that is here"
+    extras = {name: ["dev", *(EXTRAS if name == FRAMEWORK else ())] for name in FOLDERS}
+    asked = [(name, item) for name in FOLDERS for extra in extras[name] for item in requirements(name, extra)
+             if is_ours(item)]  # fmt: skip
+    assert {item.name for _, item in asked} == set(FOLDERS) - {FRAMEWORK}, "base install and extras are all that is here"
     for name, item in asked:
         assert canonicalize_name(item.name) in FOLDERS, f"{name} asks for {item}, and pip would ask an index for it"
         version = importlib.metadata.version(item.name)

@@ -86,11 +86,11 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         output_dir="./hyperion-tuned",
-        num_train_epochs=2,
+        num_train_epochs=1,
         metric_for_best_model="eval_loss",
         logging_steps=1,
-        eval_steps=4,
-        save_steps=4,
+        eval_steps=2,
+        save_steps=2,
         eval_samples=1,
     )
     lines = [json.loads(line) for line in (artifact.folder / "metrics.jsonl").read_text().splitlines()]

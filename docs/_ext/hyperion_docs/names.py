@@ -27,6 +27,7 @@ CORE_MODULES = (
     "hyperion_core.suggest",
     "hyperion_core.live_facts",
     "hyperion_core.foreign",
+    "hyperion_core.quiet",
 )
 
 

@@ -93,6 +93,7 @@ def _bits(
         return uniform_bits(config)
     from .adaptive import adaptive_bits
     from .bit_plan_file import read_bit_plan
+    from .bit_plan_table import bit_plan_lines
 
     if kept.is_file():
         return read_bit_plan(kept, None)
@@ -102,7 +103,10 @@ def _bits(
     made = adaptive_bits(base, config, quantizer, plugin, ctx, calibration, trust_remote_code=trust_remote_code)
     shutil.copyfile(made.with_name(HEAT_MAP), ctx.output / HEAT_MAP)
     shutil.copyfile(made, kept)
-    return read_bit_plan(kept, None)
+    found = read_bit_plan(kept, None)
+    for line in bit_plan_lines(found, model_facts(resolve_source(str(base)))):
+        ctx.log.info("%s", line)
+    return found
 
 
 def _keep(bits: BitPlan, base: Path, config: QuantizationConfig, ctx: RunContext) -> None:

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from .allocation import Sizes
 
 
+def bit_plan_lines(plan: BitPlan, facts: ModelFacts) -> list[str]:
+    """The table as plain text, for a log."""
+    from rich.console import Console
+
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(bit_plan_table(plan, facts))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
 def bit_plan_table(plan: BitPlan, facts: ModelFacts, sizes: Sizes | None = None) -> Table:
     """One line for each kind of linear module, one column for each width in use, and the mean a weight.
 

@@ -1,0 +1,139 @@
+"""The results of `adaptive_bits.py` as a Markdown page and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_COLOURS = {"torchao": "#1f4e8c", "gptq": "#d1603d"}
+_MEASURES = ("ours", "diagonal", "empirical", "outputs", "weights", "first order")
+
+
+def write_report(results: Path) -> None:
+    """Beside the results: .md and .png."""
+    content = json.loads(results.read_text(encoding="utf-8"))
+    arms, settings = content["arms"], content["settings"]
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    lines = [
+        "# Bits by sensitivity against the same bits everywhere", "",
+        f"`{content['command']}`, {content['date']}, {content['machine']}; {versions}.", "",
+        "SmolLM2-135M-Instruct, symmetric groups of 64 (its weights lie on a 4-bit grid of groups of 32, which such "
+        "groups do not profit from). Real instructions as chats, disjoint rows: "
+        f"{settings['rows']} of at most {settings['max_length']} tokens to calibrate on, {settings['held_out']} held "
+        "out. At half a bit \"uniform\" gives every other layer one bit more. MB are 10^6 bytes of the linear modules' "
+        "weights, scales counted; adaptive is held to what uniform takes. Perplexity: mean of the calibration seeds, "
+        "and least to most.", "",
+        *_post_training(arms, results.with_suffix(".png").name), *_nearest(arms), *_trained(arms), *_ranks(arms),
+    ]  # fmt: skip
+    results.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    _draw(arms, results.with_suffix(".png"))
+
+
+def _points(arms: dict[str, Any]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
+    """Figures of all seeds by method, target bits, and "uniform" or "adaptive"."""
+    found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for name, figures in arms.items():
+        method, *rest = name.split("/")
+        if method in _COLOURS:
+            found.setdefault((method, float(rest[0]), rest[1]), []).append(figures)
+    return dict(sorted(found.items()))
+
+
+def _post_training(arms: dict[str, Any], plot: str) -> Iterable[str]:
+    points = _points(arms)
+    if not points:
+        return
+    if "unquantized" in arms:
+        yield from (f"Unquantized: {arms['unquantized']['perplexity']:.2f}.", "")
+    yield from ("| method | bits | uniform, MB | adaptive, MB | uniform | adaptive |", "| --- " * 6 + "|")
+    for method, target in dict.fromkeys((method, target) for method, target, _ in points):
+        pair = [points.get((method, target, kind), []) for kind in ("uniform", "adaptive")]
+        sizes = [f"{max(f['linear_bytes'] for f in of) / 1e6:.2f}" if of else "" for of in pair]
+        yield f"| {method} | {target:g} | {' | '.join([*sizes, *(_span(of) for of in pair)])} |"
+    yield from ("", f"![perplexity over bytes]({plot})", "")
+
+
+def _span(figures: list[dict[str, Any]]) -> str:
+    found = sorted(f["perplexity"] for f in figures)
+    if not found:
+        return ""
+    mean = sum(found) / len(found)
+    return f"{mean:.2f}" + (f" ({found[0]:.2f} – {found[-1]:.2f})" if len(found) > 1 else "")
+
+
+def _nearest(arms: dict[str, Any]) -> Iterable[str]:
+    rounded = {name.rpartition("/")[2]: of for name, of in arms.items() if name.startswith("nearest/")}
+    if not rounded:
+        return
+    yield from ("## GPTQ against rounding to the nearest step of the same grid", "")
+    yield from ("| bits | nearest | GPTQ |", "| --- | --- | --- |")
+    for bits, of in sorted(rounded.items()):
+        yield f"| {bits} | {of['perplexity']:.2f} | {_span(_points(arms).get(('gptq', float(bits), 'uniform'), []))} |"
+    yield ""
+
+
+def _trained(arms: dict[str, Any]) -> Iterable[str]:
+    trained = {name.partition("/")[2]: of for name, of in arms.items() if name.startswith("lora/")}
+    if not trained:
+        return
+    yield from ("## After 100 steps of LoRA on top", "")
+    yield "One seed, about 512 tokens a step. Losses in nats: of the last ten steps, and on answers of held-out chats."
+    yield from ("", "| base | bits in memory | training loss | held-out loss | perplexity |", "| --- " * 5 + "|")
+    for name, of in trained.items():
+        bits = ", ".join(map(str, of["bits_in_memory"])) or "16"
+        yield f"| {name} | {bits} | {of['training_loss']:.3f} | {of['eval_loss']:.3f} | {of['perplexity']:.2f} |"
+    if {"bf16", "nf4"} <= trained.keys():
+        apart = {key: trained["nf4"][key] / trained["bf16"][key] - 1 for key in ("training_loss", "eval_loss")}
+        yield from ("", f"nf4 against bf16: training loss {apart['training_loss']:+.1%}, held-out loss "
+                    f"{apart['eval_loss']:+.1%}.")  # fmt: skip
+    yield ""
+
+
+def _ranks(arms: dict[str, Any]) -> Iterable[str]:
+    if "ranks/torchao" not in arms:
+        return
+    found = arms["ranks/torchao"]
+    yield from ("## Estimated against true changes", "")
+    yield (
+        f"{len(found['modules'])} modules, each quantized alone to 2, 3 and 4 bits: Spearman's rank correlation of the "
+        'estimate with what happens on held-out text. "divergence" is that of the quantized model\'s predictions from '
+        "the model's (KL): the loss to be expected on text of the model's own. \"loss\" is the cross-entropy of the "
+        "text itself, which rounding also lowers at times, where the model is too sure of itself."
+    )
+    yield from ("", "| measure | divergence | at 2 | at 3 | at 4 | loss |", "| --- " * 6 + "|")
+    for measure in _MEASURES:
+        keys = [f"{measure} | divergence | {widths}" for widths in ("2,3,4", "2", "3", "4")]
+        figures = [found["ranks"][key] for key in [*keys, f"{measure} | loss | 2,3,4"]]
+        yield f"| {measure} | {' | '.join(f'{figure:.3f}' for figure in figures)} |"
+    yield ""
+
+
+def _draw(arms: dict[str, Any], out_png: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    points = _points(arms)
+    for method, kind in dict.fromkeys((method, kind) for method, _, kind in points):
+        chosen = [(of, target) for (m, target, k), of in points.items() if (m, k) == (method, kind)]
+        sizes = [max(f["linear_bytes"] for f in of) / 1e6 for of, _ in chosen]
+        spread = [[f["perplexity"] for f in of] for of, _ in chosen]
+        means = [sum(of) / len(of) for of in spread]
+        bars = [[m - min(of) for m, of in zip(means, spread, strict=True)],
+                [max(of) - m for m, of in zip(means, spread, strict=True)]]  # fmt: skip
+        axes.errorbar(sizes, means, yerr=bars, color=_COLOURS[method], capsize=3, marker="o", markersize=5,
+                      markerfacecolor=_COLOURS[method] if kind == "adaptive" else "white",
+                      linestyle="-" if kind == "adaptive" else "--", label=f"{method}, {kind}")  # fmt: skip
+    if "unquantized" in arms:
+        axes.axhline(arms["unquantized"]["perplexity"], color="#777777", linewidth=1, label="unquantized")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB of the linear modules' weights")
+    axes.set_ylabel("held-out perplexity")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(out_png, dpi=130, metadata={"Software": None})
