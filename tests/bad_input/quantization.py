@@ -10,7 +10,7 @@ from typing import Any
 from .case import Case, Place
 from .model import WEIGHTS, config, cut, folder, trained
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False}
 NOWHERE = {"dataset": "nowhere.jsonl"}
 
 
@@ -43,8 +43,8 @@ CASES: tuple[Case, ...] = (
     case("bits that torchao does not have", validated(method="torchao", bits=1), "1 bit", "2, 3, 4, 5, 6, 7, 8"),
     case("more bits than there are", validated(method="gptq", bits=32), "quantization.bits: 32 is refused"),
     case("a block size that bnb does not have", validated(method="bnb", group_size=48), "48", "64"),
-    case("groups that do not divide a layer, gptq", validated(method="gptq", group_size=48), "48", "q_proj"),
-    case("groups that do not divide a layer, torchao", validated(method="torchao", group_size=48), "48", "q_proj"),
+    case("groups that do not divide a layer, gptq", validated(method="gptq", group_size=48), "48", "mlp.gate_proj"),
+    case("groups that do not divide a layer, torchao", validated(method="torchao", group_size=48), "48", "mlp.gate_proj"),
     case("double_quant with gptq", validated(method="gptq", double_quant=True), "quantization.double_quant"),
     case("double_quant with bnb in 8 bits", validated(method="bnb", bits=8, double_quant=True), "double_quant"),
     case("options that no installed quantizer takes", validated(bits=3, double_quant=True),

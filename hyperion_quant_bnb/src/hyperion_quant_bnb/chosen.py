@@ -34,8 +34,8 @@ def plan_problems(config: BnbConfig, bits: BitPlan) -> list[Problem]:
     """What of a plan bitsandbytes cannot do on any model."""
     found, asked = [], widths(bits)
     if wrong := asked - WIDTHS:
-        fix = f"one of {listed(WIDTHS)}"
-        found.append(Problem("bits", f"bitsandbytes cannot hold weights in {listed(wrong)} bits", fix=fix))
+        why, fix = f"it has formats of {listed(WIDTHS)} bits", f"take one of {listed(WIDTHS)}"
+        found.append(Problem("bits", f"bitsandbytes cannot hold weights in {listed(wrong)} bits", why, fix))
     elif len(asked) > 1:
         why = "transformers loads a checkpoint of bitsandbytes in 4 bits or in 8, never in both"
         fix = "give one number for all; modules named in skip_modules keep 16 bits"

@@ -117,7 +117,9 @@ def _from_folder(name: str, folder: Path) -> ModelFacts:
             why_unknown="a mixture of experts: its files name the experts' weights otherwise than its modules",
         )
     # A quantized checkpoint stores packed tensors, not the shapes of the modules.
-    tensors = None if config.get("quantization_config") else _safetensors_shapes(folder)
+    tensors = _safetensors_shapes(folder)  # which refuses damaged headers
+    if config.get("quantization_config"):
+        tensors = None
     if tensors:
         modules, why = _from_tensors(tensors, config)
     elif _model_type(config) not in FAMILIES:

@@ -43,9 +43,8 @@ class TorchaoQuantizer(Quantizer):
         asked = {width for width, _ in [(bits.bits, 0), *bits.overrides.values()]}
         for wrong in sorted(asked - self.provides.bits - {_AS_IT_IS}):
             offered = ", ".join(map(str, sorted(self.provides.bits)))
-            problems.append(
-                Problem("bits", f"torchao cannot hold weights in {wrong} bits", fix=f"take one of {offered}")
-            )
+            why, fix = "torchao rounds to integers of other widths", f"take one of {offered}"
+            problems.append(Problem("bits", f"torchao cannot hold weights in {wrong} bits", why, fix))
         if device not in self.provides.devices:
             offered = " or ".join(sorted(self.provides.devices))
             problems.append(Problem("", f'the packed weights do not work on "{device}"', fix=f"train on {offered}"))

@@ -54,7 +54,8 @@ class ChangemeQuantizer(Quantizer):
         chosen = [(bits.bits, bits.group_size), *bits.overrides.values()]
         for wrong in sorted({width for width, _ in chosen} - self.provides.bits - {16}):
             offered = ", ".join(map(str, sorted(self.provides.bits)))
-            problems.append(Problem("bits", f"changeme cannot hold weights in {wrong} bits", fix=f"one of {offered}"))
+            why, fix = "it packs other widths", f"take one of {offered}"
+            problems.append(Problem("bits", f"changeme cannot hold weights in {wrong} bits", why, fix))
         if device not in self.provides.devices:
             offered = " or ".join(sorted(self.provides.devices))
             problems.append(Problem("", f'changeme does not work on "{device}"', fix=f"train on {offered}"))
