@@ -93,9 +93,7 @@ def test_the_checkout_satisfies_what_its_distributions_ask_of_each_other() -> No
     extras = {name: ["dev", *(EXTRAS if name == FRAMEWORK else ())] for name in FOLDERS}
     asked = [(name, item) for name in FOLDERS for extra in extras[name] for item in requirements(name, extra)
              if is_ours(item)]  # fmt: skip
-    assert {item.name for _, item in asked} == set(FOLDERS) - {FRAMEWORK}, (
-        "base install and extras are all that is here"
-    )
+    assert {item.name for _, item in asked} == set(FOLDERS) - {FRAMEWORK}, "base and extras are all that is here"
     for name, item in asked:
         assert canonicalize_name(item.name) in FOLDERS, f"{name} asks for {item}, and pip would ask an index for it"
         version = importlib.metadata.version(item.name)
