@@ -11,6 +11,7 @@ from .case import Case, Place
 from .model import WEIGHTS, config, cut, folder, trained
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False}
+GPT2 = {"version": 1, "model_type": "gpt2", "group_size": 16, "modules": {"transformer.h.0.attn.c_attn": 4}}
 NOWHERE = {"dataset": "nowhere.jsonl"}
 
 
@@ -60,7 +61,7 @@ CASES: tuple[Case, ...] = (
     case("target_bits with a number of bits", validated(method="torchao", bits=4, target_bits=3.5), "needs bits: auto"),
     case("a file of bits that is not there", validated(method="torchao", bit_plan="nowhere.json"), "nowhere.json"),
     case("a file of bits that is no JSON", planned("3 bits, please"), "bits.json"),
-    case("a file of bits of another model", planned(json.dumps({"version": 1, "modules": {"transformer.h.0.attn": 4}})),
+    case("a file of bits of another model", planned(json.dumps(GPT2)),
          "bits.json"),
     case("a file of bits beside bits", planned("{}", bits=4), "stands beside bit_plan"),
     case("no calibration data where the config says it is",
