@@ -228,6 +228,7 @@ def main() -> None:
             "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads",
             "versions": {"python": platform.python_version(), **_versions()},
             "settings": settings,
+            "of": len(arms()),
             "arms": results,
         }
         options.results.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ def write_report(results: Path) -> None:
         "out. At half a bit \"uniform\" gives every other layer one bit more. MB are 10^6 bytes of the linear modules' "
         "weights, scales counted; adaptive is held to what uniform takes. Perplexity: mean of the calibration seeds, "
         "and least to most.", "",
+        *([f"**{len(arms)} of {content['of']} arms are measured so far.**", ""] if len(arms) < content["of"] else []),
         *_post_training(arms, results.with_suffix(".png").name), *_nearest(arms), *_trained(arms), *_ranks(arms),
     ]  # fmt: skip
     results.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

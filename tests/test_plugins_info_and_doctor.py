@@ -69,7 +69,8 @@ def test_what_info_offers_to_paste_is_valid(cli) -> None:
         config = {"base_model": "owner/model", "adapter": "lora", **yaml.safe_load(text)}
         if not facts.needs:
             parsed = FinetuneConfig.parse(config)
-            assert entry.name in (parsed.adapter.type, parsed.objective.type, parsed.scheduler().type)
+            method = parsed.quantization.method if parsed.quantization else None
+            assert entry.name in (parsed.adapter.type, parsed.objective.type, parsed.scheduler().type, method)
 
 
 def test_info_of_a_broken_plugin_shows_its_metadata_and_what_is_wrong(cli, fake_dist) -> None:
