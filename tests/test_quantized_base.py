@@ -115,6 +115,20 @@ def test_what_the_config_says_too_must_agree(checkpoint: Path) -> None:
         make_plan(config(checkpoint, {"method": "rtn", "bits": "auto", "target_bits": 3}), device="cpu")
 
 
+def test_one_number_is_not_what_a_checkpoint_with_bits_by_module_has(checkpoint: Path) -> None:
+    saved = json.loads((checkpoint / "config.json").read_text())
+    modules = saved["quantization_config"]["modules"]
+    modules[next(iter(modules))] = [8, 16]
+    (checkpoint / "config.json").write_text(json.dumps(saved))
+    assert (
+        make_plan(config(checkpoint, {"method": "rtn"}), device="cpu")
+        .plan.settings["quantization"]
+        .startswith("bits by module: 13 of 2, 1 of 8")
+    )
+    with pytest.raises(HyperionError, match="bits: 2 and 8, by module, in the checkpoint, 2 in the config"):
+        make_plan(config(checkpoint, {"method": "rtn", "bits": 2}), device="cpu")
+
+
 def test_another_method_does_not_quantize_it_again(checkpoint: Path) -> None:
     with pytest.raises(HyperionError) as caught:
         make_plan(config(checkpoint, {"method": "measures"}), device="cpu")

@@ -72,9 +72,9 @@ def peak_memory() -> int:
     except (OSError, StopIteration):
         import psutil  # type: ignore[import-untyped,unused-ignore]
 
-        memory = psutil.Process().memory_info()
-        if hasattr(memory, "peak_wset"):  # Windows
-            return int(memory.peak_wset)
+        on_windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+        if on_windows is not None:
+            return int(on_windows)
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

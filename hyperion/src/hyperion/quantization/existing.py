@@ -60,7 +60,7 @@ def recognized(
     """Options and bits of a quantized checkpoint, as the plugin that `config` names reads them.
 
     Raises:
-        CompatibilityError: it is another method's checkpoint, or its options are not those that `config` asks for.
+        CompatibilityError: it is another method's checkpoint.
     """
     method = str(config.method)
     plugin: Any = hooks.plugin("quantizer", method)
@@ -74,17 +74,32 @@ def recognized(
             + (f", or leave out quantization: it is loaded as it is, by {reader}" if reader else ""),
         )
     options, bits = hooks.quantizer(method).quantizer_recognize(saved=saved, model=facts)
+    return dict(options), bits
+
+
+def refuse_other(options: Mapping[str, Any], bits: BitPlan, config: QuantizationConfig, name: str) -> None:
+    """What the user's `config` says of a quantized checkpoint must be so.
+
+    Args:
+        options, bits: as `recognized` gives them.
+
+    Raises:
+        CompatibilityError: it asks for something else.
+    """
     asked = config.given()
     other = [
         f"{key}: {options[key]!r} in the checkpoint, {asked[key]!r} in the config"
         for key in sorted(asked.keys() & options.keys())
         if asked[key] is not None and asked[key] != options[key]
     ]
+    widths = sorted({width for width, _ in bits.overrides.values()} - {16}) if bits.overrides else [bits.bits]
+    if "bits" in asked and "bits" not in options and widths != [asked["bits"]]:
+        held = " and ".join(map(str, widths))
+        other.append(f"bits: {held}, by module, in the checkpoint, {asked['bits']!r} in the config")
     unheard = [key for key in ("target_bits", "budget_mb", "bit_plan") if asked.get(key) is not None]
     if other or unheard:
         raise CompatibilityError(
-            f"{facts.source} is quantized already, otherwise than the config asks for",
+            f"{name} is quantized already, otherwise than the config asks for",
             why="; ".join([*other, *(f"{key} shares out bits that are fixed" for key in unheard)]),
             fix="leave these options out, or start from the unquantized model",
         )
-    return dict(options), bits

@@ -17,7 +17,7 @@ from ..data.arguments import DataArgumentsError
 from ..data.processor import DatasetProcessor
 from ..models.source import BaseModelSource
 from ..planning_hooks import PlanningHooks
-from .existing import reader_of, recognized, saved_quantization
+from .existing import reader_of, recognized, refuse_other, saved_quantization
 
 if TYPE_CHECKING:
     from ..config import FinetuneConfig
@@ -62,7 +62,9 @@ def with_checkpoint(
             return config, None
         hooks = RunHooks()
         hooks.add(registry().create("quantizer", method), method)
-        options, bits = recognized(saved, asked or QuantizationConfig(method=method), PlanningHooks(hooks), facts)
+        named = asked or QuantizationConfig(method=method)
+        options, bits = recognized(saved, named, PlanningHooks(hooks), facts)
+        refuse_other(options, bits, named, facts.source)
         given = asked.given() if asked else {}
         settled = config.replace(quantization={**given, **options, "method": method})
         assert settled.quantization is not None
