@@ -7,9 +7,10 @@ sequential", in the words of GPTQ's authors). No token of padding takes part: ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -79,15 +80,28 @@ def quantize(model: Any, planned: list[Layout], config: GptqConfig, tokens: list
         if blocks:
             hidden, calls = _followed(base, list(blocks), tokens)
             for block, names in blocks.items():
-                mine = [call.pop(0) for call in calls]
-                run = _over(block, mine, hidden)
-                for step in _steps({name: model.get_submodule(name) for name in names}, partial(_one, run)):
-                    work.round(step, run)
-                hidden = list(run())
+                passes = [partial(call.pop(0), block, each) for call, each in zip(calls, hidden, strict=True)]
+                for step in _steps({name: model.get_submodule(name) for name in names}, passes[0]):
+                    work.round(step, passes)
+                hidden = [one() for one in passes]
+                work.pack()
         inside = {name for names in blocks.values() for name in names}
         if outside := [each.name for each in planned if each.name not in inside]:
             device = next(base.parameters()).device
-            work.round(outside, lambda: (_first(base(ids.to(device), use_cache=False)) for ids in tokens))
+            work.round(_Step(outside), [partial(base, ids.to(device), use_cache=False) for ids in tokens])
+            work.pack()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is rounded together. `calls`: so many calls of them are in every pass; 0 is not known."""
+
+    names: list[str]
+    calls: int = 0
+
+
+class _SeenAll(Exception):
+    """Nothing that follows in this pass is needed."""
 
 
 @dataclass(frozen=True)
@@ -97,44 +111,65 @@ class _Work:
     classes: tuple[Any, Any]
     planned: Mapping[str, Layout]
     advance: Callable[[int], None]
+    done: dict[str, PackedLinear] = field(default_factory=dict)
 
-    def round(self, names: list[str], run: Callable[[], Iterable[Tensor]]) -> None:
-        """Watch what flows into these modules while `run` goes over the data; then round and replace them."""
-        modules = {name: self.model.get_submodule(name) for name in names}
-        gptq, options = self.classes
-        tasks = {
-            name: gptq(
-                module,
-                options(
-                    bits=self.planned[name].bits,
-                    group_size=self.planned[name].group_size,
-                    sym=self.config.sym,
-                    desc_act=self.config.desc_act,
-                    act_group_aware=not self.config.desc_act,
-                    damp_percent=self.config.damp_percent,
-                    fallback=None,
-                    offload_to_disk=False,
-                ),
-            )
-            for name, module in modules.items()
-        }
+    def round(self, step: _Step, passes: Iterable[Callable[[], Any]]) -> None:
+        """Watch what flows into these modules in each of the passes; then round them.
+
+        Until `pack` a module holds its rounded weight whole: the passes to come need not unpack it each time.
+        """
+        modules = {name: self.model.get_submodule(name) for name in step.names}
+        tasks = {name: self._task(name, module) for name, module in modules.items()}
+        seen: list[str] = []
+
+        def take(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            _take(name, tasks[name], args[0].detach())
+            seen.append(name)
+            if len(seen) == step.calls:
+                raise _SeenAll
+
         with ExitStack() as stack:
             for name, module in modules.items():
-                hook = module.register_forward_hook(
-                    lambda module, args, output, name=name: _take(name, tasks[name], args[0].detach())
-                )
-                stack.callback(hook.remove)
-            for _ in run():
-                pass
+                stack.callback(module.register_forward_hook(partial(take, name)).remove)
+            for one in passes:
+                seen.clear()
+                with suppress(_SeenAll):
+                    one()
         for name, module in modules.items():
-            self.model.set_submodule(name, self._packed(name, module, tasks.pop(name)))
+            packed = self._packed(name, module, tasks.pop(name))
+            weight = packed.unpacked().to(module.weight.dtype)
+            module.weight = nn.Parameter(weight.T if is_conv1d(module) else weight, requires_grad=False)
+            self.done[name] = packed
             self.advance(1)
+
+    def pack(self) -> None:
+        """Put the packed modules in the place of those that were rounded."""
+        for name, packed in self.done.items():
+            self.model.set_submodule(name, packed)
+        self.done.clear()
+
+    def _task(self, name: str, module: nn.Module) -> Any:
+        gptq, options = self.classes
+        return gptq(
+            module,
+            options(
+                bits=self.planned[name].bits,
+                group_size=self.planned[name].group_size,
+                sym=self.config.sym,
+                desc_act=self.config.desc_act,
+                act_group_aware=not self.config.desc_act,
+                damp_percent=self.config.damp_percent,
+                fallback=None,
+                offload_to_disk=False,
+            ),
+        )
 
     def _packed(self, name: str, linear: Any, task: Any) -> PackedLinear:
         layout, weight = self.planned[name], linear.weight
         if task.nsamples:
             linear.weight = nn.Parameter(weight.float(), requires_grad=False)  # what is rounded comes back in its type
             found = _found(name, task, is_conv1d(linear), layout)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
         else:  # an expert that no token of the data was sent to
             matrix = weight.T if is_conv1d(linear) else weight
             found = rounded(matrix, layout.bits, layout.group_size, self.config.sym)
@@ -149,7 +184,7 @@ class _Work:
 
 
 def _take(name: str, task: Any, inputs: Tensor) -> None:
-    if not torch.isfinite(inputs).all():  # gptqmodel would round by nothing, and say so in its log alone
+    if not inputs.sum(dtype=torch.float32).isfinite():  # gptqmodel would round by nothing, and say so in its log alone
         raise _cannot(name, "what flows into it is not finite (NaN or infinity)")
     task.add_batch(inputs, None)
 
@@ -239,21 +274,15 @@ def _seen(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, _Cal
     return named["hidden_states"], _Call((), named, by_name=True)
 
 
-def _over(block: nn.Module, calls: list[_Call], hidden: list[Tensor]) -> Callable[[], Iterator[Tensor]]:
-    return lambda: (call(block, each) for call, each in zip(calls, hidden, strict=True))
-
-
-def _one(run: Callable[[], Iterator[Tensor]]) -> None:
-    next(iter(run()))
-
-
-def _steps(modules: Mapping[str, nn.Module], run_once: Callable[[], None]) -> list[list[str]]:
-    """What is rounded together, in the order of calls: modules that read the same input, and experts of one kind."""
-    inputs: dict[str, Tensor] = {}
-    with _inputs_seen(modules, inputs):
-        run_once()
+def _steps(modules: Mapping[str, nn.Module], one_pass: Callable[[], Any]) -> list[_Step]:
+    """In the order of calls: modules that read the same input are rounded together, and experts of one kind."""
+    seen: list[tuple[str, Tensor]] = []
+    with _inputs_seen(modules, seen):
+        one_pass()
+    inputs = dict(reversed(seen))  # the first that each was given
+    order = list(dict.fromkeys(name for name, _ in seen))
     steps: list[list[str]] = []
-    for name in [*inputs, *(name for name in modules if name not in inputs)]:
+    for name in [*order, *(name for name in modules if name not in inputs)]:
         same = (
             step
             for step in steps
@@ -265,14 +294,16 @@ def _steps(modules: Mapping[str, nn.Module], run_once: Callable[[], None]) -> li
             step.append(name)
         else:
             steps.append([name])
-    return steps
+    called = Counter(name for name, _ in seen)
+    # An expert that was not called may be called in another pass.
+    return [_Step(step, sum(called[name] for name in step) if inputs.keys() >= set(step) else 0) for step in steps]
 
 
 @contextmanager
-def _inputs_seen(modules: Mapping[str, nn.Module], seen: dict[str, Tensor]) -> Iterator[None]:
+def _inputs_seen(modules: Mapping[str, nn.Module], seen: list[tuple[str, Tensor]]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in modules.items():
-            hook = module.register_forward_pre_hook(lambda module, args, name=name: _keep(seen, name, args[0]))
+            hook = module.register_forward_pre_hook(lambda module, args, name=name: seen.append((name, args[0])))
             stack.callback(hook.remove)
         yield
 
@@ -285,7 +316,3 @@ def _kind(name: str) -> str:
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
     return found
-
-
-def _keep(seen: dict[str, Tensor], name: str, given: Tensor) -> None:
-    seen.setdefault(name, given)
