@@ -145,7 +145,39 @@ def test_figures_that_are_not_finite_are_refused() -> None:
     assert "not finite" in caught.value.why and "float32" in caught.value.fix
 
 
-def test_a_large_models_errors_are_not_kept_and_the_figures_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = measured(trained(1))
-    monkeypatch.setattr("hyperion.quantization.sensitivity._MOST_KEPT", 0)
-    assert measured(trained(1)) == kept
+@pytest.mark.parametrize("held", [0, 20_000])
+def test_a_large_model_is_measured_in_parts_and_the_figures_are_the_same(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = measured(trained(1), looks_at_data=True)
+    monkeypatch.setattr("hyperion.quantization.sensitivity._MOST_HELD", held)
+    assert measured(trained(1), looks_at_data=True) == at_once
+
+
+def test_a_quantizer_that_looks_at_data_is_shown_each_modules_inputs_and_no_padding() -> None:
+    class Looks(ChangemeQuantizer):
+        def quantizer_fake_quantize(self, weight: Any, config: Any, bits: int, group_size: int, stats: Any) -> Any:  # type: ignore[override]
+            shown.append(None if stats is None else stats["second_moment"])
+            return super().quantizer_fake_quantize(weight, config, bits, group_size)
+
+    shown: list[Any] = []
+    hooks, model = RunHooks(), tiny_llama(seed=3)
+    hooks.add(Looks(), "looks")
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    given = rows(0, 3, least=45)
+    inputs: dict[str, list[Any]] = {name: [] for name in names}
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, args, name=name: inputs[name].append(args[0][0].detach()))
+    for row in given:
+        model(input_ids=row["input_ids"])
+    padded = [{key: torch.nn.functional.pad(value, (0, 7)) for key, value in row.items()} for row in given]
+    wanted = [torch.cat(inputs[name]) for name in names]
+    measure_sensitivity(
+        model, hooks.quantizer("looks"), CONFIG, dict.fromkeys(names, (3,)), GROUP, padded, looks_at_data=True
+    )
+    for x, moment in zip(wanted, shown, strict=True):
+        torch.testing.assert_close(moment, x.T @ x / len(x))
+    shown.clear()
+    measure_sensitivity(model, hooks.quantizer("looks"), CONFIG, dict.fromkeys(names, (3,)), GROUP, given)
+    assert shown == [None, None]

@@ -104,12 +104,15 @@ def test_it_beats_rounding_to_the_nearest_on_what_it_was_shown(bits: int, tmp_pa
         for row in rows():
             whole(input_ids=row["input_ids"])
     inputs = torch.cat(seen)
+    stats = {"second_moment": inputs.T @ inputs / len(inputs)}
     for short in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{short}"
         weight = whole.get_submodule(name).weight.detach()
-        nearest = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(bits=bits), bits, 32)
+        nearest = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(bits=bits), bits, 32, None)
         ours, rtn = ((inputs @ (weight - each).T).norm().item() for each in (model.get_submodule(name).weight, nearest))
         assert ours < 0.6 * rtn, f"{name}: {ours:.3g} and {rtn:.3g}"
+        foreseen = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(bits=bits), bits, 32, stats)
+        torch.testing.assert_close(foreseen, model.get_submodule(name).weight)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -135,7 +138,7 @@ def test_the_grid_is_gptqmodels(bits: int, sym: bool) -> None:
 
 def test_a_group_without_a_negative_weight_is_rounded_as_well_as_any() -> None:
     weight = torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
-    back = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(), 4, 32)
+    back = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(), 4, 32, None)
     assert (back - weight).abs().max() <= weight.max() / 7
 
 

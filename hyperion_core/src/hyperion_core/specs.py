@@ -200,7 +200,8 @@ class QuantizerSpecs:
     def quantizer_fake_quantize(
         self, weight: Tensor, config: QuantizationConfig, bits: int, group_size: int, stats: Mapping[str, Tensor] | None
     ) -> Tensor:
-        """weight (out, in) as it would come back from `bits`; same shape and dtype. For sensitivity."""
+        """weight (out, in) as it would come back from `bits`; same shape and dtype. For sensitivity. `stats`, for who
+        provides `calibration`, if known: "second_moment", fp32 (in, in), mean of x xᵀ over inputs x of the module."""
 
     @driver
     def quantizer_dequantize(self, module: Module) -> Tensor:

@@ -7,6 +7,7 @@ sequential", in the words of GPTQ's authors). No token of padding takes part: ro
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,7 +24,7 @@ from .config import GptqConfig
 from .gptqmodel_import import gptq_classes
 from .grouping import Layout
 from .packed_linear import PackedLinear, is_conv1d, linear_shape
-from .rounding import Rounded, rounded
+from .rounding import Rounded, restored, rounded
 
 _VERSION = 1  # of the format: the one that every reader knows
 
@@ -119,7 +120,7 @@ class _Work:
         Until `pack` a module holds its rounded weight whole: the passes to come need not unpack it each time.
         """
         modules = {name: self.model.get_submodule(name) for name in step.names}
-        tasks = {name: self._task(name, module) for name, module in modules.items()}
+        tasks = {name: _task(module, self.planned[name], self.config, self.classes) for name, module in modules.items()}
         seen: list[str] = []
 
         def take(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -148,22 +149,6 @@ class _Work:
             self.model.set_submodule(name, packed)
         self.done.clear()
 
-    def _task(self, name: str, module: nn.Module) -> Any:
-        gptq, options = self.classes
-        return gptq(
-            module,
-            options(
-                bits=self.planned[name].bits,
-                group_size=self.planned[name].group_size,
-                sym=self.config.sym,
-                desc_act=self.config.desc_act,
-                act_group_aware=not self.config.desc_act,
-                damp_percent=self.config.damp_percent,
-                fallback=None,
-                offload_to_disk=False,
-            ),
-        )
-
     def _packed(self, name: str, linear: Any, task: Any) -> PackedLinear:
         layout, weight = self.planned[name], linear.weight
         if task.nsamples:
@@ -181,6 +166,36 @@ class _Work:
             )
         packed.hold(found)
         return packed
+
+
+def rounded_by(weight: Tensor, second_moment: Tensor, layout: Layout, config: GptqConfig) -> Tensor:
+    """What GPTQ makes of a weight, float32 (out, in), when the mean of x xᵀ over its inputs x is (in, in).
+
+    Raises:
+        ModelError: it cannot be rounded.
+    """
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+    task = _task(linear, layout, config, gptq_classes(logging.getLogger(__name__)))
+    task.H, task.nsamples = second_moment.float().clone(), 1  # its scale does not matter, and no more is to come
+    return restored(_found(layout.name, task, False, layout), ordered=False)
+
+
+def _task(module: nn.Module, layout: Layout, config: GptqConfig, classes: tuple[Any, Any]) -> Any:
+    gptq, options = classes
+    return gptq(
+        module,
+        options(
+            bits=layout.bits,
+            group_size=layout.group_size,
+            sym=config.sym,
+            desc_act=config.desc_act,
+            act_group_aware=not config.desc_act,
+            damp_percent=config.damp_percent,
+            fallback=None,
+            offload_to_disk=False,
+        ),
+    )
 
 
 def _take(name: str, task: Any, inputs: Tensor) -> None:

@@ -13,7 +13,7 @@ from hyperion_core.facts import BitPlan, Cost, ModelFacts, Provides, QuantInfo
 from hyperion_core.kinds import Quantizer
 
 from .config import GptqConfig
-from .grouping import AS_IT_IS, BITS, default_group_size, layouts, misfits
+from .grouping import AS_IT_IS, BITS, Layout, default_group_size, layouts, misfits
 from .saved_format import QUANT_METHOD, loading_config, read, written
 
 if TYPE_CHECKING:
@@ -135,11 +135,20 @@ class GptqQuantizer(Quantizer):
 
     # --- the weights themselves ---
 
-    def quantizer_fake_quantize(self, weight: Tensor, config: GptqConfig, bits: int, group_size: int) -> Tensor:
+    def quantizer_fake_quantize(
+        self, weight: Tensor, config: GptqConfig, bits: int, group_size: int, stats: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """With the inputs' second moment, by GPTQ; else to the nearest."""
         from .rounding import restored, rounded
 
-        found = rounded(weight, bits, group_size or default_group_size(weight.shape[1]), config.sym)
-        return restored(found, ordered=True).to(weight.dtype)
+        rows, columns = weight.shape
+        group_size = group_size or default_group_size(columns)
+        if stats is None:
+            return restored(rounded(weight, bits, group_size, config.sym), ordered=True).to(weight.dtype)
+        from .calibrated import rounded_by
+
+        layout = Layout(f"a weight of {rows} × {columns}", (rows, columns), bits, group_size)
+        return rounded_by(weight, stats["second_moment"], layout, config).to(weight.dtype)
 
     def quantizer_dequantize(self, module: PackedLinear) -> Tensor:
         return module.weight

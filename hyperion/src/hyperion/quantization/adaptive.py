@@ -24,7 +24,7 @@ from hyperion_core.specs import QuantizerSpecs
 from ..data.identity import cache_identity
 from ..models.facts import model_facts
 from ..models.source import resolve_source
-from . import allocation, sensitivity
+from . import allocation, second_moments, sensitivity
 from .allocation import UNQUANTIZED, Sizes, allocate, budget_of, check_budget, module_sizes, unquantizable_bytes
 from .bit_plan_file import write_bit_plan
 from .calibration import rows_hash
@@ -89,7 +89,7 @@ def adaptive_bits(
         with FileLock(folder / f".{measured}.lock"):
             if not target.is_dir():
                 found = _sensitivity(
-                    folder / f"{measured}.json", base, config, quantizer, sizes, given, ctx, trust_remote_code
+                    folder / f"{measured}.json", base, config, quantizer, plugin, sizes, given, ctx, trust_remote_code
                 )
                 _write(target, allocate(found, sizes, budget), config, facts, found, sizes, budget, rest)
     except OSError as error:
@@ -102,7 +102,7 @@ def adaptive_bits(
 
 
 def _sensitivity(
-    kept: Path, base: Path, config: QuantizationConfig, quantizer: QuantizerSpecs, sizes: Sizes,
+    kept: Path, base: Path, config: QuantizationConfig, quantizer: QuantizerSpecs, plugin: Quantizer, sizes: Sizes,
     rows: CalibrationRows, ctx: RunContext, trust_remote_code: bool,
 ) -> Sensitivity:  # fmt: skip
     """From the cache, or measured and put there."""
@@ -113,7 +113,10 @@ def _sensitivity(
         return Sensitivity.from_json(json.loads(kept.read_text(encoding="utf-8")))
     model = load_model(base, dtype=ctx.plan.dtype, device=ctx.device, trust_remote_code=trust_remote_code)
     group = config.group_size or 0
-    found = measure_sensitivity(model, quantizer, config, sizes, group, rows, ctx.progress, seed=ctx.seed)
+    looks = plugin.provides.calibration
+    found = measure_sensitivity(
+        model, quantizer, config, sizes, group, rows, ctx.progress, looks_at_data=looks, seed=ctx.seed
+    )
     handle, partial = tempfile.mkstemp(prefix=f"{kept.name}.partial-", dir=kept.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -159,7 +162,7 @@ def _hash(
     options = config.model_dump_json(exclude={"bits", "target_bits", "budget_mb", "bit_plan", "calibration"})
     choices = {name: sorted(of) for name, of in sizes.items()}
     run = f"{ctx.plan.dtype} {ctx.device} {ctx.seed}"
-    code = f"{cache_identity(plugin)} {_code(sensitivity)}"
+    code = f"{cache_identity(plugin)} {_code(sensitivity)} {_code(second_moments)}"
     digest.update(f"{options}\n{choices}\n{calibration_hash}\n{run}\n{code}".encode())
     return digest.hexdigest()[:16]
 

@@ -28,12 +28,15 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hyperion_core.config import QuantizationConfig
 from hyperion_core.context import NoProgress, Progress
 from hyperion_core.errors import ModelError
 from hyperion_core.specs import QuantizerSpecs
+
+from .second_moments import second_moments
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +48,8 @@ _UNQUANTIZED = 16
 # Tokens that go through the model at once, and numbers in their logits: both only bound the memory.
 _MOST_TOKENS = 2048
 _MOST_LOGITS = 2**27
-# Bytes of rounding errors that are kept from one batch to the next; those of a larger model are computed anew.
-_MOST_KEPT = 2**31
+# Bytes of rounding errors that are held at once; a larger model is measured part by part.
+_MOST_HELD = 2**32
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,20 @@ def measure_sensitivity(
     rows: Iterable[Mapping[str, Tensor]],
     progress: Progress | None = None,
     *,
+    looks_at_data: bool = False,
     seed: int = 0,
 ) -> Sensitivity:
     """Loss increases of every module that `candidates` names, at every width that it gives it.
 
-    Each row goes forward and backward through the unquantized model once. The model stays as it is to the bit, its
-    mode too, and so do the global random states; the same arguments give the same figures.
+    Each row goes forward and backward through the unquantized model once (a large one: once for each part of it whose
+    rounding errors are held at a time). The model stays as it is to the bit, its mode too, and so do the global random
+    states; the same arguments give the same figures.
 
     Args:
         model: a causal language model; on any device, in any float type (sums are kept in double precision).
         candidates: as `allocation.module_sizes` gives them. 16 bits cost nothing.
         rows: `input_ids` and `attention_mask`, int64 (B, T).
+        looks_at_data: the quantizer rounds by what flows into a module; it is shown that, from the same rows.
         seed: of the draw of the tokens that are predicted.
 
     Raises:
@@ -106,43 +112,40 @@ def measure_sensitivity(
     """
     import torch
 
+    progress = progress or NoProgress()
     modules = {name: model.get_submodule(name) for name in candidates}
     widths = {name: sorted(set(of) - {_UNQUANTIZED}) for name, of in candidates.items()}
     sums = {name: dict.fromkeys(of, 0.0) for name, of in widths.items()}
-    kept: dict[tuple[str, int], Tensor] | None = {}
-    if 4 * sum(len(widths[name]) * _weight(module).numel() for name, module in modules.items()) > _MOST_KEPT:
-        kept = None
-
-    def rounding_error(name: str, bits: int) -> Tensor:
-        if kept is not None and (name, bits) in kept:
-            return kept[name, bits]
-        weight = _weight(modules[name])
-        rounded = quantizer.quantizer_fake_quantize(
-            weight=weight, config=config, bits=bits, group_size=group_size, stats=None
-        )
-        error = rounded.float() - weight.float()
-        if kept is not None:
-            kept[name, bits] = error
-        return error
-
-    def weigh(name: str, inputs: Tensor, gradient: Tensor) -> None:
-        reads, gives = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
-        for bits in widths[name]:
-            change = ((reads @ rounding_error(name, bits).T) * gives).sum(-1, dtype=torch.float64)
-            sums[name][bits] += 0.5 * float(change.square().sum())
-
     given = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]
     vocabulary = int(model.config.get_text_config().vocab_size)
+    batches = list(_batches(given, max(1, min(_MOST_TOKENS, _MOST_LOGITS // vocabulary))))
+    device = next(model.parameters()).device
+    parts = _parts({name: _bytes_held(module, len(widths[name]), looks_at_data) for name, module in modules.items()})
     tokens = 0
-    with ExitStack() as stack, (progress or NoProgress()).task("measuring the bits' losses", len(given)) as advance:
-        stack.enter_context(_frozen(model))
-        for name, module in modules.items():
-            stack.enter_context(_watched(name, module, weigh))
-        device = next(model.parameters()).device
-        draw = torch.Generator(device).manual_seed(seed)
-        for batch in _batches(given, max(1, min(_MOST_TOKENS, _MOST_LOGITS // vocabulary))):
-            tokens += _forward_and_backward(model, batch, device, draw)
-            advance(len(batch))
+    with _frozen(model):
+        for part in parts:
+            chosen = {name: modules[name] for name in part}
+            stats: Mapping[str, Tensor] = second_moments(model, chosen, given, progress) if looks_at_data else {}
+            errors: dict[str, dict[int, Tensor]] = {}
+            with progress.task("rounding modules at every width", len(part)) as advance:
+                for name, module in chosen.items():
+                    shown = {"second_moment": stats[name]} if name in stats else None
+                    round_it = partial(
+                        quantizer.quantizer_fake_quantize, config=config, group_size=group_size, stats=shown
+                    )
+                    weight = _weight(module)
+                    errors[name] = {
+                        bits: round_it(weight=weight, bits=bits).float() - weight.float() for bits in widths[name]
+                    }
+                    advance(1)
+            draw = torch.Generator(device).manual_seed(seed)  # all parts are to predict the same tokens
+            with ExitStack() as stack, progress.task("measuring the bits' losses", len(given)) as advance:
+                for name, module in chosen.items():
+                    stack.enter_context(_watched(module, partial(_weigh, errors[name], sums[name])))
+                tokens = 0
+                for batch in batches:
+                    tokens += _forward_and_backward(model, batch, device, draw)
+                    advance(len(batch))
     found = {name: {bits: total / max(tokens, 1) for bits, total in of.items()} for name, of in sums.items()}
     if odd := [name for name, of in found.items() if not all(map(math.isfinite, of.values()))]:
         raise ModelError(
@@ -151,6 +154,33 @@ def measure_sensitivity(
             fix="measure in another type: dtype: float32 or bfloat16",
         )
     return Sensitivity({name: {**of, _UNQUANTIZED: 0.0} for name, of in found.items()}, tokens)
+
+
+def _weigh(errors: Mapping[int, Tensor], sums: dict[int, float], inputs: Tensor, gradient: Tensor) -> None:
+    import torch
+
+    reads, gives = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+    for bits, error in errors.items():
+        change = ((reads @ error.T) * gives).sum(-1, dtype=torch.float64)
+        sums[bits] += 0.5 * float(change.square().sum())
+
+
+def _bytes_held(module: Module, widths: int, looks_at_data: bool) -> int:
+    rows, columns = _weight(module).shape
+    return 4 * columns * (rows * widths + (columns if looks_at_data else 0))
+
+
+def _parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in order, as many together as can be held."""
+    parts: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not parts or size > left:
+            parts.append([])
+            left = _MOST_HELD
+        parts[-1].append(name)
+        left -= size
+    return parts
 
 
 def _forward_and_backward(
@@ -212,14 +242,14 @@ def _frozen(model: Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(name: str, module: Module, tell: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def _watched(module: Module, tell: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
     """Tells of each pass what the module read and the gradient at what it gave, as soon as that is known: neither is
     kept for longer."""
 
     def after_forward(module: Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs = args[0].detach()
         if output.requires_grad:  # what does not depend on the tokens is not measured: no token's loss depends on it
-            output.register_hook(lambda gradient: tell(name, inputs, gradient.detach()))
+            output.register_hook(lambda gradient: tell(inputs, gradient.detach()))
 
     hook = module.register_forward_hook(after_forward)
     try:
