@@ -53,9 +53,15 @@ def arms() -> Arms:
                 found[f"{method}/{target:g}/adaptive/{seed}"] = _post_training(method, target, "adaptive", seed)
     for bits in (4, 3):
         found[f"nearest/gptq/{bits}"] = _nearest(bits)
-    found["ranks/torchao"] = _ranks
-    for name, quantization, dtype in (("bf16", None, "bfloat16"), ("nf4", {"method": "bnb", "bits": 4}, "bfloat16")):
-        found[f"lora/{name}"] = _trained_plain(name, quantization, dtype)
+    for method in METHODS:
+        found[f"ranks/{method}"] = _ranks(method)
+    bases = {
+        "bf16": None,
+        "nf4": {"method": "bnb", "bits": 4},
+        "nf4-32": {"method": "bnb", "bits": 4, "group_size": 32},
+    }
+    for name, quantization in bases.items():
+        found[f"lora/{name}"] = _trained_plain(name, quantization, "bfloat16")
     for method in METHODS:
         for target in TRAINED_TARGETS:
             for kind in ("uniform", "adaptive"):
@@ -86,9 +92,13 @@ def _nearest(bits: int) -> Callable[[Any], dict[str, Any]]:
     return lambda bench: {"perplexity": bench.perplexity(bench.rounded("gptq", bits))}
 
 
-def _ranks(bench: Any) -> dict[str, Any]:
+def _ranks(method: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda bench: _ranks_of(bench, method)
+
+
+def _ranks_of(bench: Any, method: str) -> dict[str, Any]:
     """How well each measure of sensitivity ranks modules and bits, on a sample of modules quantized alone."""
-    from adaptive_bits_measures import estimates, true_changes
+    from adaptive_bits_measures import estimates, rounded_alone, true_changes
     from scipy.stats import spearmanr
 
     from hyperion.quantization.sensitivity import measure_sensitivity
@@ -99,12 +109,19 @@ def _ranks(bench: Any) -> dict[str, Any]:
     draw = random.Random(0)
     names = [name for each in kinds.values() for name in draw.sample(each, _SAMPLE_OF_EACH_KIND)]
     widths = [2, 3, 4]
-    driver = bench.hooks("torchao")[0].quantizer("torchao")
+    hooks, plugin = bench.hooks(method)
     ours = measure_sensitivity(
-        bench.plain(), driver, bench.config("torchao"), dict.fromkeys(names, widths), 64, bench.calibration_rows(0)
+        bench.plain(),
+        hooks.quantizer(method),
+        bench.config(method),
+        dict.fromkeys(names, widths),
+        64,
+        bench.calibration_rows(0),
+        looks_at_data=plugin.provides.calibration,
     )
-    measured = {"ours": ours.loss_increase, **estimates(bench, names, widths, "torchao")}
-    truth = true_changes(bench, names, widths, "torchao", _TRUTH_ROWS)
+    rounded = rounded_alone(bench, names, widths, method)
+    measured = {"ours": ours.loss_increase, **estimates(bench, names, widths, rounded)}
+    truth = true_changes(bench, rounded, _TRUTH_ROWS)
     ranks = {}
     for kind, of in measured.items():
         for against, true in truth.items():

@@ -34,6 +34,7 @@ from hyperion.quantization.base import load_quantizable
 from hyperion.quantization.bit_plan_file import read_bit_plan, write_bit_plan
 from hyperion.quantization.calibration import named_rows
 from hyperion.quantization.planning import CANDIDATES
+from hyperion.quantization.second_moments import second_moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,17 +200,42 @@ class Bench:
         return math.exp(total / count)
 
 
-def estimates(bench: Bench, names: list[str], widths: list[int], method: str) -> dict[str, dict[str, dict[int, float]]]:
+def rounded_alone(bench: Bench, names: list[str], widths: list[int], method: str) -> dict[str, dict[int, Tensor]]:
+    """Weights, (out, in), of each module at each width, as the method rounds it in the unquantized model."""
+    hooks, plugin = bench.hooks(method)
+    model, driver = bench.plain(), hooks.quantizer(method)
+    modules = {name: model.get_submodule(name) for name in names}
+    moments: dict[str, Tensor] = {}
+    if plugin.provides.calibration:
+        moments = second_moments(model, modules, bench.calibration_rows(0), RichProgress())
+    return {
+        name: {
+            bits: driver.quantizer_fake_quantize(
+                weight=module.weight.detach(),
+                config=bench.config(method),
+                bits=bits,
+                group_size=GROUP,
+                stats={"second_moment": moments[name]} if moments else None,
+            )
+            for bits in widths
+        }
+        for name, module in modules.items()
+    }
+
+
+def estimates(
+    bench: Bench, names: list[str], widths: list[int], rounded: dict[str, dict[int, Tensor]]
+) -> dict[str, dict[str, dict[int, float]]]:
     """Other measures of sensitivity than ours, by measure, module and bits; all from the same rows as ours.
 
-    "diagonal": Σ F_ii ΔW_ii² with targets drawn from the model; "empirical": ours with the data's own tokens as
-    targets; "outputs": ‖ΔW x‖²; "weights": ‖ΔW‖²; "first order": |Σ g·ΔW| with the data's tokens.
+    "diagonal": Σ F_ii ΔW_ii² with targets drawn from the model; "by output": ours without the products of outputs,
+    Σ_o (g_o ΔW_o x)²; "empirical": ours with the data's own tokens as targets; "outputs": ‖ΔW x‖²; "weights": ‖ΔW‖²;
+    "first order": |Σ g·ΔW| with the data's tokens.
     """
     import torch
 
-    model, driver = bench.plain().requires_grad_(False), bench.hooks(method)[0].quantizer(method)
-    config = bench.config(method)
-    kinds = ("diagonal", "empirical", "outputs", "weights", "first order")
+    model = bench.plain().requires_grad_(False)
+    kinds = ("diagonal", "by output", "empirical", "outputs", "weights", "first order")
     sums: dict[str, dict[str, dict[int, float]]] = {
         kind: {name: dict.fromkeys(widths, 0.0) for name in names} for kind in kinds
     }
@@ -219,16 +245,14 @@ def estimates(bench: Bench, names: list[str], widths: list[int], method: str) ->
         weight = model.get_submodule(name).weight
         fisher = gives.square().T @ reads.square() if drawn else None
         for bits in widths:
-            rounded = driver.quantizer_fake_quantize(
-                weight=weight, config=config, bits=bits, group_size=GROUP, stats=None
-            )
-            change = rounded - weight
+            change = rounded[name][bits] - weight
+            error = reads @ change.T
+            each = error * gives
             if fisher is not None:
                 sums["diagonal"][name][bits] += 0.5 * float((fisher * change.square()).sum())
+                sums["by output"][name][bits] += 0.5 * float(each.square().sum())
                 continue
-            error = reads @ change.T
-            each = (error * gives).sum(-1)
-            sums["empirical"][name][bits] += 0.5 * float(each.square().sum())
+            sums["empirical"][name][bits] += 0.5 * float(each.sum(-1).square().sum())
             sums["first order"][name][bits] += float(each.sum())
             sums["outputs"][name][bits] += float(error.square().sum())
             sums["weights"][name][bits] = float(change.square().sum())
@@ -257,22 +281,19 @@ def estimates(bench: Bench, names: list[str], widths: list[int], method: str) ->
 
 
 def true_changes(
-    bench: Bench, names: list[str], widths: list[int], method: str, rows: int
+    bench: Bench, rounded: dict[str, dict[int, Tensor]], rows: int
 ) -> dict[str, dict[str, dict[int, float]]]:
     """What quantizing each module alone does on held-out text, in nats a token: "loss" (cross-entropy) and
     "divergence" (KL of the model's predictions from those of the quantized one)."""
-    model, driver = bench.plain(), bench.hooks(method)[0].quantizer(method)
-    config = bench.config(method)
+    model = bench.plain()
     before = [(predicted, ids) for predicted, ids in bench.log_probabilities(model, rows)]
     count = sum(len(ids) for _, ids in before)
     found: dict[str, dict[str, dict[int, float]]] = {"loss": {}, "divergence": {}}
-    for name in names:
+    for name, of in rounded.items():
         weight = model.get_submodule(name).weight
         original = weight.data
-        for bits in widths:
-            weight.data = driver.quantizer_fake_quantize(
-                weight=original, config=config, bits=bits, group_size=GROUP, stats=None
-            )
+        for bits, changed in of.items():
+            weight.data = changed
             loss = divergence = 0.0
             for (old, ids), (new, _) in zip(before, bench.log_probabilities(model, rows), strict=True):
                 loss += float((old - new).gather(1, ids[:, None]).double().sum())

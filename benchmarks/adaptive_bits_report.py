@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 _COLOURS = {"torchao": "#1f4e8c", "gptq": "#d1603d"}
-_MEASURES = ("ours", "diagonal", "empirical", "outputs", "weights", "first order")
 
 
 def write_report(results: Path) -> None:
@@ -85,29 +84,32 @@ def _trained(arms: dict[str, Any]) -> Iterable[str]:
     for name, of in trained.items():
         bits = ", ".join(map(str, of["bits_in_memory"])) or "16"
         yield f"| {name} | {bits} | {of['training_loss']:.3f} | {of['eval_loss']:.3f} | {of['perplexity']:.2f} |"
-    if {"bf16", "nf4"} <= trained.keys():
-        apart = {key: trained["nf4"][key] / trained["bf16"][key] - 1 for key in ("training_loss", "eval_loss")}
-        yield from ("", f"nf4 against bf16: training loss {apart['training_loss']:+.1%}, held-out loss "
-                    f"{apart['eval_loss']:+.1%}.")  # fmt: skip
+    for name, blocks in (("nf4", 64), ("nf4-32", 32)):
+        if {"bf16", name} <= trained.keys():
+            apart = [trained[name][key] / trained["bf16"][key] - 1 for key in ("training_loss", "eval_loss")]
+            yield from ("", f"nf4 in blocks of {blocks} against bf16: training loss {apart[0]:+.1%}, held-out loss "
+                        f"{apart[1]:+.1%}.")  # fmt: skip
     yield ""
 
 
 def _ranks(arms: dict[str, Any]) -> Iterable[str]:
-    if "ranks/torchao" not in arms:
+    found = {name.partition("/")[2]: of for name, of in arms.items() if name.startswith("ranks/")}
+    if not found:
         return
-    found = arms["ranks/torchao"]
     yield from ("## Estimated against true changes", "")
     yield (
-        f"{len(found['modules'])} modules, each quantized alone to 2, 3 and 4 bits: Spearman's rank correlation of the "
-        'estimate with what happens on held-out text. "divergence" is that of the quantized model\'s predictions from '
-        "the model's (KL): the loss to be expected on text of the model's own. \"loss\" is the cross-entropy of the "
-        "text itself, which rounding also lowers at times, where the model is too sure of itself."
+        f"{len(next(iter(found.values()))['modules'])} modules, each quantized alone to 2, 3 and 4 bits: Spearman's "
+        'rank correlation of the estimate with what happens on held-out text. "divergence" is that of the quantized '
+        "model's predictions from the model's (KL): the loss to be expected on text of the model's own. \"loss\" is "
+        "the cross-entropy of the text itself, which rounding also lowers at times, where the model is too sure of "
+        "itself. What the measures are: `estimates` in `benchmarks/adaptive_bits_measures.py`."
     )
-    yield from ("", "| measure | divergence | at 2 | at 3 | at 4 | loss |", "| --- " * 6 + "|")
-    for measure in _MEASURES:
-        keys = [f"{measure} | divergence | {widths}" for widths in ("2,3,4", "2", "3", "4")]
-        figures = [found["ranks"][key] for key in [*keys, f"{measure} | loss | 2,3,4"]]
-        yield f"| {measure} | {' | '.join(f'{figure:.3f}' for figure in figures)} |"
+    yield from ("", "| method | measure | divergence | at 2 | at 3 | at 4 | loss |", "| --- " * 7 + "|")
+    for method, of in found.items():
+        for measure in dict.fromkeys(key.partition(" | ")[0] for key in of["ranks"]):
+            keys = [f"{measure} | divergence | {widths}" for widths in ("2,3,4", "2", "3", "4")]
+            figures = [of["ranks"][key] for key in [*keys, f"{measure} | loss | 2,3,4"]]
+            yield f"| {method} | {measure} | {' | '.join(f'{figure:.3f}' for figure in figures)} |"
     yield ""
 
 
