@@ -14,6 +14,7 @@ from hyperion import FinetuneConfig, Trainer
 from hyperion.data import DatasetProcessor
 from hyperion.data.encoding import Encoder
 from hyperion.models import load_tuned
+from hyperion.planning import make_plan
 
 ROWS = [{"prompt": f"{n} plus {n} is", "completion": f" {n + n}"} for n in range(24)]
 
@@ -47,6 +48,16 @@ def test_it_trains_resumes_and_reloads_from_the_command_line(
     assert resumed.code == 0, resumed.stderr
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole
     assert "PackedLinear" in {type(module).__name__ for module in load_tuned(tmp_path / "out").model.modules()}
+
+
+@pytest.mark.parametrize("method", ["bnb", "gptq", "torchao", "rtn"])
+def test_the_plan_says_which_pairs_nobody_has_run(rtn: None, method: str, tiny_model: Path) -> None:
+    config = settings(tiny_model, method, max_steps=1)
+    if method != "rtn":
+        del config["quantization"]["group_size"]
+    checks = make_plan(FinetuneConfig(**config), device="cpu").plan.checks
+    untested = [check.what for check in checks if check.state == "untested"]
+    assert untested == (["lora on rtn"] if method == "rtn" else [])
 
 
 def test_bits_that_the_quantizer_cannot_do_are_refused_before_anything_is_loaded(

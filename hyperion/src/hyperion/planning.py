@@ -111,7 +111,7 @@ def make_plan(
         device=device,
         dtype=dtype,
         settings=_settings(config, facts, targets, rows, bits),
-        checks=tuple(_checks(config, facts)),
+        checks=tuple(_checks(config, asked, facts)),
         steps=steps,
         why_no_steps=why_no_steps,
         memory=memory,
@@ -328,11 +328,14 @@ def _data_line(config: FinetuneConfig, rows: Rows) -> str:
     return f"{name} ({rows.train} rows" + (f" + {rows.evaluation} to evaluate on)" if rows.evaluation else ")")
 
 
-def _checks(config: FinetuneConfig, facts: ModelFacts) -> list[Check]:
+def _checks(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> list[Check]:
     found = []
     if config.quantization is not None:
-        pair = f"{config.adapter.type} on {quantizer_name(config)}"
-        found.append(Check(pair, "untested", "their capabilities fit, but no run of this pair is on record"))
+        name = quantizer_name(config)
+        plugin = hooks.plugin("quantizer", name)
+        if isinstance(plugin, Quantizer) and config.adapter.type not in plugin.trained_under:
+            why = "their capabilities fit, but no test of the quantizer's runs the pair"
+            found.append(Check(f"{config.adapter.type} on {name}", "untested", why))
     if not facts.known:
         found.append(Check("adapter targets", "unknown", f"{facts.why_unknown}; they are checked when it is loaded"))
     if visible_gpus() > 1:

@@ -58,7 +58,10 @@ class Adapter(Plugin):
 
 
 class Quantizer(Plugin):
-    """Weights held in fewer bits."""
+    """Weights held in fewer bits.
+
+    `trained_under`: adapters that its own tests train on top of it. Of another one that fits the plan says "untested".
+    """
 
     kind = "quantizer"
     group = "hyperion.quantizers"
@@ -66,6 +69,7 @@ class Quantizer(Plugin):
     hooks = specs.QuantizerSpecs
     config_class: ClassVar[type[StrictModel]] = QuantizationConfig
     provides: ClassVar[Provides] = Provides()
+    trained_under: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def required(cls) -> tuple[str, ...]:

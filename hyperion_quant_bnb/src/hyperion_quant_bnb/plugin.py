@@ -22,6 +22,7 @@ class BnbQuantizer(Quantizer):
     """bitsandbytes: all linear modules of the layers in 4 bits, or all in 8, but for those that stay as they are."""
 
     config_class = BnbConfig
+    trained_under = frozenset({"lora"})
     provides = Provides(
         bits=WIDTHS,
         trainable=True,

@@ -29,6 +29,7 @@ class GptqQuantizer(Quantizer):
     """Quantizes every linear module but the output head."""
 
     config_class = GptqConfig
+    trained_under = frozenset({"lora"})
     provides = Provides(
         bits=BITS,
         per_module=True,

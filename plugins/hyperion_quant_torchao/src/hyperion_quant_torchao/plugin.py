@@ -27,6 +27,7 @@ class TorchaoQuantizer(Quantizer):
     """Quantizes every linear module but the output head."""
 
     config_class = TorchaoConfig
+    trained_under = frozenset({"lora"})
     provides = Provides(
         bits=frozenset({2, 3, 4, 5, 6, 7, 8}),
         per_module=True,
