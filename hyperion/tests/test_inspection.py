@@ -142,7 +142,7 @@ def cut(path: Path) -> None:
     [
         (lambda folder: cut(folder / "model.safetensors"), "it is cut short"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "config.json").unlink(), "without config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "there is no model in"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
          "lacks 1 of its 1 weight files"),
         (lambda folder: (folder / "bit_plan.json").write_text("[]"), "is not a bit plan"),
@@ -155,6 +155,12 @@ def test_what_is_damaged_is_told_as_such(damage: Any, expected: str, tiny_model:
     damage(tmp_path / "model")
     with pytest.raises(HyperionError, match=expected):
         inspect_model(str(tmp_path / "model"))
+
+
+def test_another_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("base_model: x")
+    with pytest.raises(HyperionError, match=r"config\.yaml is no model"):
+        inspect_model(str(tmp_path / "config.yaml"))
 
 
 def test_it_imports_nothing_heavy(tiny_model: Path) -> None:

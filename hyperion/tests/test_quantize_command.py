@@ -95,10 +95,24 @@ def test_the_checkpoint_is_loaded_by_its_library_and_its_figures_are_true(tiny_m
     assert parity["figures"] == said["parity"] and 0 < parity["figures"]["mean_kl"] < 0.1
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"README.md", "tokenizer.json", "generation_config.json", "quantized.json"} <= names
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Do not load it with plain transformers" in card, "the format is one that a plugin made up"
     found = inspect_model(str(tmp_path / "out"))
     assert found.model is not None and found.model.quantization is not None
     assert found.model.quantization.reader == "rtn" and found.model.mean_bits == 4.0
     assert found.versions["acme-rtn"] == "1.0"
+
+
+def test_stopped_it_says_that_nothing_was_written(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyperion.models.load.load_model", stopped)
+    done = command(tiny_model, "--method", "rtn", "--bits", "4", "--group-size", "16", "-o", tmp_path / "out")
+    assert done.exit_code == 130 and "interrupted; nothing was written" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -109,6 +123,8 @@ def test_the_checkpoint_is_loaded_by_its_library_and_its_figures_are_true(tiny_m
         ({"method": "rtn", "bits": "auto", "target_bits": 3.5, "group_size": 16}, ["no data to measure on"]),
         ({"method": "seeing"}, ["there is no data to measure on", "--calibration"]),
         ({"method": "seeing", "bits": "auto", "target_bits": 4.0}, ['"seeing" has no bits by module']),
+        ({"method": "rtn", "bits": "auto", "budget_mb": 0.02, "group_size": 16},
+         ["the model cannot be held in 0.02 MB", "embeddings and norms, which stay"]),
         ({"method": "rtn", "symetric": True}, ['did you mean "symmetric"']),
         ({"method": "rtx"}, ['did you mean "rtn"']),
         ({"method": "rtn", "group_size": 16, "calibration": {"dataset": "no.jsonl"}}, ["nothing is measured"]),

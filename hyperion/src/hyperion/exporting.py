@@ -28,6 +28,7 @@ from .models.quiet import quiet_transformers
 from .models.source import resolve_source
 from .new_folder import new_folder
 from .output import PLAN
+from .quantization.existing import unknown_format
 from .quantization.parity import (
     DEFAULT_TEXTS,
     FORMAT_TOLERANCE,
@@ -56,12 +57,13 @@ _HEADER = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 @dataclass(frozen=True)
 class Export:
     """What was written: the folder, how its weights are held ("float16", "4 bits by bnb"), and how near it is to base
-    and adapter apart."""
+    and adapter apart. `unknown_format` is that of its quantization, where plain transformers does not know it."""
 
     folder: Path
     held: str
     parity: Parity
     tolerance: ParityTolerance
+    unknown_format: str = ""
 
 
 def export_merged(
@@ -135,8 +137,10 @@ def export_merged(
             "texts_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
         }
         write_json(folder / PARITY, compared)
-        (folder / "README.md").write_text(merged_card(artifact, held, compared), encoding="utf-8")
-    return Export(Path(output_dir), held, figures, tolerance)
+        unknown = unknown_format(folder)
+        card = merged_card(artifact, held, compared, unknown_format=unknown)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Export(Path(output_dir), held, figures, tolerance, unknown)
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,8 @@ def fit(
     from .engine.fit import fit as train_loop
 
     training = config.training
+    if checkpoint is not None:
+        ctx.log.info("going on from %s", checkpoint.name)
     return train_loop(
         model,
         tokenizer,

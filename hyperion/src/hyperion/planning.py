@@ -95,7 +95,7 @@ def make_plan(
     dtype = choose_dtype(config.dtype, device)
     steps, why_no_steps = optimizer_steps(config, rows)
     _check_adapter(config, asked, facts, problems)
-    bits = planned_bits(config.quantization, config.base_dir, asked, facts, saved_bits, device, problems)
+    bits = planned_bits(config.quantization, config.base_dir, asked, facts, saved_bits, device, dtype, problems)
     found = asked.objective(config.objective.type).objective_check(config=config.objective)
     problems += [problem.at("objective") for problem in found or []]
     _check_training(config, facts, rows, device, steps, problems)

@@ -39,7 +39,7 @@ from .new_folder import new_folder
 from .planning import versions
 from .planning_hooks import PlanningHooks
 from .quantization.choice import choose_method
-from .quantization.existing import reader_of, recognized, saved_quantization
+from .quantization.existing import reader_of, recognized, saved_quantization, unknown_format
 from .quantization.parity import (
     DEFAULT_TEXTS,
     PARITY,
@@ -66,7 +66,8 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Quantized:
-    """A finished checkpoint. Bytes are (before, after): `disk` of the weights' files, `memory` of the loaded model."""
+    """A finished checkpoint. Bytes are (before, after): `disk` of the weights' files, `memory` of the loaded model.
+    `plain`: transformers loads it without Hyperion."""
 
     folder: Path
     method: str
@@ -75,6 +76,7 @@ class Quantized:
     memory: tuple[int, int]
     parity: Parity
     seconds: float
+    plain: bool = True
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -122,12 +124,12 @@ def quantize(
     facts = _checked(source)
     hooks, plugin, choice = _quantizer(config)
     guess = plan_device()
-    _refuse(config, plugin, hooks, facts, guess)
+    _refuse(config, plugin, hooks, facts, guess, choose_dtype(dtype, guess))
     with new_folder(Path(output_dir), "the quantized model") as folder:
         check_caches()
         ctx = _context(choice, dtype, folder, progress)
         base, facts = _base(source, facts, ctx)
-        bits = _refuse(config, plugin, hooks, facts, ctx.device)
+        bits = _refuse(config, plugin, hooks, facts, ctx.device, ctx.plan.dtype)
         rows, tokenizer = _rows(base, config, plugin, bits, facts, ctx)
         before, memory = _before(base, tokenizer, ctx)
         _write(base, config, hooks, bits, rows, tokenizer, ctx)
@@ -141,6 +143,7 @@ def quantize(
             memory=(memory, memory_after),
             parity=found,
             seconds=time.monotonic() - started,
+            plain=not unknown_format(folder),
         )
         _record(done, tolerance, model, source, choice, rows, ctx)
     return done
@@ -194,7 +197,7 @@ def _quantizer(config: QuantizationConfig) -> tuple[RunHooks, Quantizer, Choice]
 
 
 def _refuse(
-    config: QuantizationConfig, plugin: Quantizer, hooks: RunHooks, facts: ModelFacts, device: str
+    config: QuantizationConfig, plugin: Quantizer, hooks: RunHooks, facts: ModelFacts, device: str, dtype: str
 ) -> PlannedBits:
     """The bits of each module.
 
@@ -202,7 +205,7 @@ def _refuse(
         ConfigError: with every problem of the options on this model and device.
     """
     problems: list[Problem] = []
-    bits = planned_bits(config, None, PlanningHooks(hooks), facts, None, device, problems)
+    bits = planned_bits(config, None, PlanningHooks(hooks), facts, None, device, dtype, problems)
     if _measures(plugin, bits) and (config.calibration is None or config.calibration.dataset is None):
         reason = (
             "bits: auto weighs each module on it" if bits and bits.known is None else f"{config.method} rounds by it"
@@ -360,6 +363,7 @@ def _record(
         "base_model": model if source.kind == "hub" else public_name(str(source.path)),
         "revision": source.revision,
         "format": str((saved_quantization(ctx.output) or {}).get("quant_method")),
+        "plain_transformers": done.plain,
         "options": options_for_others(done.options),
         **{key: figures[key] for key in ("method", "bytes_on_disk", "bytes_in_memory", "seconds")},
         "distribution": choice.distribution,

@@ -27,6 +27,7 @@ def compare(
     """Run every combination in a process of its own, and print and save a table and a plot.
 
     The same command goes on where an interrupted one ended. Exit code 1 when a row failed; the others are kept.
+    A row that its plan refuses is in the table with the reason, and is no failure.
     """
     from hyperion_core.context import NoProgress
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from enum import Enum
 from pathlib import Path
 
@@ -29,7 +28,10 @@ def merge(
         "for a quantized base, and else the base's own format.",
     ),
     max_kl: float = typer.Option(
-        None, "--max-kl", help="Mean KL divergence in nats a token that the merged model may be away at most."
+        None,
+        "--max-kl",
+        help="Mean KL divergence in nats a token that the merged model may be away at most. By default what its number "
+        "format makes, and no more than three quarters of what the adapter itself does.",
     ),
     min_top1: float = typer.Option(
         None, "--min-top1", help="Share of positions, 0 to 1, at which the likeliest token has to be the same."
@@ -48,25 +50,27 @@ def merge(
     """
     from rich.text import Text
 
-    from hyperion.engine.interruption import terminate
     from hyperion.exporting import export_merged
     from hyperion.monitoring.progress import RichProgress
     from hyperion.quantization.parity_texts import read_texts
 
     from .console import out
+    from .interrupted import nothing_written
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    signal.signal(signal.SIGTERM, terminate)  # so that what is half-written is taken away
-    done = export_merged(
-        run,
-        output_dir,
-        into=None if into is None else into.value,
-        base_model=base_model,
-        prompts=None if prompts is None else read_texts(prompts),
-        max_kl=max_kl,
-        min_top1=min_top1,
-        progress=RichProgress(),
-    )
+    with nothing_written():
+        done = export_merged(
+            run,
+            output_dir,
+            into=None if into is None else into.value,
+            base_model=base_model,
+            prompts=None if prompts is None else read_texts(prompts),
+            max_kl=max_kl,
+            min_top1=min_top1,
+            progress=RichProgress(),
+        )
     console = out()
     console.print(Text("merged", style="green") + Text(f" into {done.folder} ({done.held})"))
     console.print(Text(f"  {done.parity.summary()}"))
+    if done.unknown_format:
+        console.print(Text("  for Hyperion alone: plain transformers does not know this format", style="yellow"))

@@ -43,6 +43,8 @@ def quantize(
     from hyperion.monitoring.progress import RichProgress
     from hyperion.quantizing import quantize as make
 
+    from .interrupted import nothing_written
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hyperion").setLevel(logging.WARNING if as_json else logging.INFO)
     given = {
@@ -53,16 +55,17 @@ def quantize(
         "group_size": group_size,
         "bit_plan": None if bit_plan is None else str(bit_plan),
     }
-    done = make(
-        model,
-        _merged(given, calibration, options or []),
-        output_dir=output_dir,
-        revision=revision,
-        dtype=dtype,
-        max_kl=max_kl,
-        min_top1=min_top1,
-        progress=NoProgress() if as_json else RichProgress(),
-    )
+    with nothing_written():
+        done = make(
+            model,
+            _merged(given, calibration, options or []),
+            output_dir=output_dir,
+            revision=revision,
+            dtype=dtype,
+            max_kl=max_kl,
+            min_top1=min_top1,
+            progress=NoProgress() if as_json else RichProgress(),
+        )
     if as_json:
         from .json_output import print_json
 
@@ -104,4 +107,6 @@ def _show(done: Quantized) -> None:
         line = f"  {label}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after ({after / before:.0%})"
         console.print(Text(line))
     console.print(Text(f"  {done.parity.summary()}"))
+    if not done.plain:
+        console.print(Text("  for Hyperion alone: plain transformers does not know this format", style="yellow"))
     console.print(Text(f"  {done.seconds:.0f} seconds; look into it: hyperion inspect {done.folder}"))

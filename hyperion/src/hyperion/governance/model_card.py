@@ -15,6 +15,16 @@ from hyperion_core.secrets import redacted, redacted_data
 if TYPE_CHECKING:
     from hyperion.config import FinetuneConfig
 
+FOR_HYPERION_ALONE = (
+    "**Do not load it with plain transformers**: that does not know its format, {format}, fills what is quantized with "
+    "random numbers, and only warns. Hyperion loads it, named as `base_model`."
+)
+_PLAIN = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
 _LIMITS = """## Limits
 
 The adapter was judged on the held-out rows of its own data alone. It inherits the limits, the biases and the licence of
@@ -41,13 +51,14 @@ def model_card(artifact: Artifact, plan: Plan, config: FinetuneConfig) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def merged_card(artifact: Artifact, held: str, parity: Mapping[str, Any]) -> str:
+def merged_card(artifact: Artifact, held: str, parity: Mapping[str, Any], *, unknown_format: str = "") -> str:
     """README.md of a model that an adapter was merged into: where it comes from, and how near it is to that.
 
     Args:
         artifact: the run's, whose adapter it was.
         held: how the weights are held now: "float16", or "4 bits by bnb".
         parity: the content of parity.json.
+        unknown_format: the one that its config.json names, where plain transformers does not know it.
     """
     artifact = redacted_data(artifact)
     base_model, kind = str(artifact.adapter["base_model"]), str(artifact.adapter["type"])
@@ -70,9 +81,7 @@ def merged_card(artifact: Artifact, held: str, parity: Mapping[str, Any]) -> str
         _table("Parity with base and adapter apart", [*figures, *asked]),
         "KL divergences are nats a token. What was compared is in `parity.json`.",
         _table("Results of the run, before merging", results),
-        "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```',
+        "## Loading\n\n" + (FOR_HYPERION_ALONE.format(format=f"`{unknown_format}`") if unknown_format else _PLAIN),
         f"Its weights are {held}: the library of {was} has to be installed." if held.endswith(f" by {was}") else "",
         _LIMITS,
         _table("Versions of the training", list(artifact.versions.items())),

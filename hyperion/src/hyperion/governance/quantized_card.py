@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hyperion_core.secrets import redacted, redacted_data
 
-from .model_card import public_name
+from .model_card import FOR_HYPERION_ALONE, public_name
 
 if TYPE_CHECKING:
     from hyperion.quantization.parity import Parity
 
+_PLAIN = "Plain transformers loads it as well, with the library of its format, {format}."
 _END = """It inherits the limits, the biases and the licence of the model that it was made of; check both before you
 publish it. Every figure here was measured when it was made; `parity.json` and `quantized.json` hold all of them."""
 
 
 def quantized_card(record: Mapping[str, Any], parity: Parity, *, from_hub: bool) -> str:
-    """Markdown with the front matter that the Hub reads. `record` is the content of quantized.json."""
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        record: the content of quantized.json.
+    """
     record = redacted_data(record)
     front: dict[str, Any] = {"tags": ["hyperion", str(record["method"])], "pipeline_tag": "text-generation"}
     if from_hub:
@@ -46,8 +51,8 @@ def quantized_card(record: Mapping[str, Any], parity: Parity, *, from_hub: bool)
             "| --- | --- |",
             *lines,
             "",
-            "To load it, or to train on top of it, with Hyperion: name this folder as `base_model`. Other tools load",
-            f"it where they know the format that its config.json names, `{record['format']}`.",
+            "To load it, or to train on top of it, with Hyperion: name this folder as `base_model`. "
+            + (_PLAIN if record["plain_transformers"] else FOR_HYPERION_ALONE).format(format=f"`{record['format']}`"),
             "",
             _END,
             "",

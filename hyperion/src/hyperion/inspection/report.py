@@ -140,6 +140,13 @@ def _found(name: str, revision: str | None) -> BaseModelSource:
             return BaseModelSource(name, "local", folder.absolute(), None)
         if (folder / _PLAN).is_file() and not (folder / "config.json").is_file():
             Artifact.read(folder)  # raises: the run did not end
+    looked_for = "a model folder holds config.json, an adapter's adapter_config.json; of single files only GGUF is read"
+    if folder.is_file() and folder.suffix.lower() != ".gguf":
+        raise ModelError(f"{name} is no model", why=looked_for, fix="name the model's folder, or a GGUF file")
+    if folder.is_dir() and not any((folder / known).exists() for known in ("config.json", "model_index.json")):
+        inside = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix == ".gguf")
+        there = f"name one of what is inside: {', '.join(inside[:5])}" if inside else "name the model's folder"
+        raise ModelError(f"there is no model in {folder}", why=looked_for, fix=there)
     source = resolve_source(name, revision)
     if source.path is None and (cached := _cached_adapter(name, revision)):
         return BaseModelSource(name, "hub", cached, revision)

@@ -54,6 +54,19 @@ def reader_of(quant_method: str) -> str | None:
     return None
 
 
+def unknown_format(folder: Path) -> str:
+    """The quantized checkpoint's format, where plain transformers has no loader for it; else "".
+
+    Such a checkpoint transformers loads with random numbers in place of what is packed, and only warns.
+    """
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    saved = saved_quantization(folder)
+    if saved is None or saved["quant_method"] in {known.value for known in QuantizationMethod}:
+        return ""
+    return str(saved["quant_method"])
+
+
 def recognized(
     saved: Mapping[str, Any], config: QuantizationConfig, hooks: Drivers, facts: ModelFacts
 ) -> tuple[dict[str, Any], BitPlan]:

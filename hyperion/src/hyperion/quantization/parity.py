@@ -170,8 +170,8 @@ class Parity:
             raise ArtifactError(
                 f"{what} does not answer as the model that it was made of",
                 why=f"over {self.positions} positions " + "; ".join(far),
-                fix=f"{lost}: keep more bits, or take another format; what you accept knowingly, --max-kl and "
-                "--min-top1 let through",
+                fix=f"{lost}: keep more bits, or take another format (float16, say); what you accept knowingly, "
+                "--max-kl and --min-top1 let through",
             )
 
     def as_data(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Parity:
     def summary(self) -> str:
         """One line for people."""
         return (
-            f"KL divergence {self.mean_kl:.3g} nats a token (at most {self.max_kl:.3g}), same likeliest token at "
+            f"KL divergence {self.mean_kl:.3g} nats a token (worst token {self.max_kl:.3g}), same likeliest token at "
             f"{self.top1:.1%} of {self.positions} positions, token ids "
             + ("differ" if self.retokenized else "equal")
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -81,38 +82,49 @@ def with_checkpoint(
 
 def planned_bits(
     quantization: QuantizationConfig | None, base_dir: Path | None, hooks: PlanningHooks, facts: ModelFacts,
-    saved: BitPlan | None, device: str, problems: list[Problem],
+    saved: BitPlan | None, device: str, dtype: str, problems: list[Problem],
 ) -> PlannedBits | None:  # fmt: skip
     """The bits of each module, and what stands against them; None without quantization.
 
     Args:
         base_dir: where relative paths of the config start.
         saved: the bits of a base that is quantized already.
+        dtype: of what is not quantized.
     """
     if quantization is None:
         return None
     found: list[Problem] = []
     provides = cast(Quantizer, hooks.plugin("quantizer", str(quantization.method))).provides
+    if not provides.per_module and not saved and quantization.bits == "auto":
+        problems.append(_same_everywhere(quantization))
+        return None
     try:
         bits = PlannedBits(saved, saved) if saved else _bits(quantization, provides.bits, facts, base_dir)
     except HyperionError as error:
         given = error.problems if isinstance(error, ConfigError) else [Problem("", error.what, error.why, error.fix)]
         problems += [problem.at("quantization") for problem in given]
         return None
-    if not provides.per_module and (bits.known is None or len(set(bits.known.overrides.values())) > 1):
-        key = "bit_plan" if quantization.bit_plan else "bits"
-        why = "all modules of a model that it quantizes have the same bits"
-        fix = "choose a method that has bits by module, or give one number for all"
-        found.append(Problem(key, f'"{quantization.method}" has no bits by module', why, fix))
+    if not provides.per_module and bits.known and len(set(bits.known.overrides.values())) > 1:
+        problems.append(_same_everywhere(quantization))
+        return bits
     driver = hooks.quantizer(str(quantization.method))
     tried = [bits.known] if bits.known else [BitPlan(b, bits.assumed.group_size) for b in _candidates(provides.bits)]
     for plan in tried:
         for each in driver.quantizer_check(config=quantization, model=facts, bits=plan, device=device) or []:
             if each not in found:
                 found.append(each)
+    if not found and bits.known is None and facts.known:
+        found += _budget_problems(quantization, hooks, facts, min(_candidates(provides.bits)), dtype)
     found += _calibration_problems(quantization, base_dir, measured=provides.calibration or bits.known is None)
     problems += [problem.at("quantization") for problem in found]
     return bits
+
+
+def _same_everywhere(quantization: QuantizationConfig) -> Problem:
+    key = "bit_plan" if quantization.bit_plan else "bits"
+    why = "all modules of a model that it quantizes have the same bits"
+    fix = "choose a method that has bits by module, or give one number for all"
+    return Problem(f"quantization.{key}", f'"{quantization.method}" has no bits by module', why, fix)
 
 
 def quantized_cost(
@@ -176,6 +188,24 @@ def _nearest(config: QuantizationConfig, widths: frozenset[int]) -> int:
             [Problem("target_bits", f"{target:g} bits cannot be reached", least, f"raise it to {offered[0]} or more")]
         )
     return next((width for width in offered if target is not None and width >= target), 16 if target else offered[-1])
+
+
+def _budget_problems(
+    config: QuantizationConfig, hooks: PlanningHooks, facts: ModelFacts, narrowest: int, dtype: str
+) -> list[Problem]:
+    if config.budget_mb is None:
+        return []
+    driver, group = hooks.quantizer(str(config.method)), config.group_size or 0
+    whole, least = (
+        driver.quantizer_estimate(config=config, model=facts, bits=BitPlan(bits, group), dtype=dtype).disk / 1e6
+        for bits in (16, narrowest)
+    )
+    if least <= config.budget_mb:
+        return []
+    other = whole - sum(math.prod(module.shape) for module in facts.linear()) * (int(dtype[-2:]) // 8) / 1e6
+    why = f"with {narrowest} bits everywhere it takes {least:.2f}; embeddings and norms, which stay, are {other:.2f}"
+    fix = f"raise it to {math.ceil(least * 100) / 100:g} or more, or take narrower widths or larger groups"
+    return [Problem("budget_mb", f"the model cannot be held in {config.budget_mb:g} MB", why, fix)]
 
 
 def _calibration_problems(quantization: QuantizationConfig, base_dir: Path | None, *, measured: bool) -> list[Problem]:
