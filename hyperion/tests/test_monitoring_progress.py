@@ -32,6 +32,10 @@ def test_a_slow_task_off_terminal_says_where_it_is(monkeypatch):
             advance(10)
     lines = text.getvalue().splitlines()
     assert lines == ["tokenizing: 20/40", "tokenizing: 40/40", "tokenizing: done, 40 in 30 s"]
+    with progress.task("training", 40) as advance:
+        advance(10)
+        advance(10)
+    assert text.getvalue().splitlines()[-1] == "training: ended at 20/40, in 18 s"
 
 
 def nested_failure(progress):

@@ -89,4 +89,6 @@ class _Lines:
     def end(self) -> None:
         seconds = time.monotonic() - self.started
         if seconds >= _SECONDS_BETWEEN_LINES:
-            self.progress.say(f"{self.description}: done, {self.done} in {seconds:.0f} s")
+            whole = not self.total or self.done >= self.total
+            ended = f"done, {self.done}" if whole else f"ended at {self.done}/{self.total},"
+            self.progress.say(f"{self.description}: {ended} in {seconds:.0f} s")
