@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,10 @@ Arms = dict[str, Callable[[Any], dict[str, Any]]]
 
 def arms() -> Arms:
     """By name, in the order in which they are measured."""
-    found: Arms = {"unquantized": lambda bench: {"perplexity": bench.perplexity(bench.plain())}}
-    for method in METHODS:
-        for target in TARGETS:
-            for seed in SEEDS:
-                if method == "gptq" or seed == SEEDS[0]:  # rounding to nearest measures on nothing
-                    found[f"{method}/{target:g}/uniform/{seed}"] = _post_training(method, target, "uniform", seed)
-                found[f"{method}/{target:g}/adaptive/{seed}"] = _post_training(method, target, "adaptive", seed)
+    found: Arms = {"unquantized": lambda bench: bench.quality(bench.plain())}
+    found |= _every_target(SEEDS[:1])
     for bits in (4, 3):
         found[f"nearest/gptq/{bits}"] = _nearest(bits)
-    for method in METHODS:
-        found[f"ranks/{method}"] = _ranks(method)
     bases = {
         "bf16": None,
         "nf4": {"method": "bnb", "bits": 4},
@@ -63,9 +57,20 @@ def arms() -> Arms:
     for name, quantization in bases.items():
         found[f"lora/{name}"] = _trained_plain(name, quantization, "bfloat16")
     for method in METHODS:
+        found[f"ranks/{method}"] = _ranks(method)
+    for method in METHODS:
         for target in TRAINED_TARGETS:
             for kind in ("uniform", "adaptive"):
                 found[f"lora/{method}/{target:g}/{kind}"] = _trained(method, target, kind)
+    return found | _every_target(SEEDS[1:])
+
+
+def _every_target(seeds: Sequence[int]) -> Arms:
+    found: Arms = {}
+    for seed, method, target in itertools.product(seeds, METHODS, TARGETS):
+        if method == "gptq" or seed == SEEDS[0]:  # rounding to nearest measures on nothing
+            found[f"{method}/{target:g}/uniform/{seed}"] = _post_training(method, target, "uniform", seed)
+        found[f"{method}/{target:g}/adaptive/{seed}"] = _post_training(method, target, "adaptive", seed)
     return found
 
 
@@ -79,7 +84,7 @@ def _post_training(method: str, target: float, kind: str, seed: int) -> Callable
         model, held = bench.quantized(method, plan, seed)
         widths = [plan.of(module.name)[0] for module in bench.facts.linear()]
         return {
-            "perplexity": bench.perplexity(model),
+            **bench.quality(model),
             "linear_bytes": bench.linear_bytes(method, plan),
             **held,
             "modules_by_bits": {str(bits): widths.count(bits) for bits in sorted(set(widths))},
@@ -89,7 +94,7 @@ def _post_training(method: str, target: float, kind: str, seed: int) -> Callable
 
 
 def _nearest(bits: int) -> Callable[[Any], dict[str, Any]]:
-    return lambda bench: {"perplexity": bench.perplexity(bench.rounded("gptq", bits))}
+    return lambda bench: bench.quality(bench.rounded("gptq", bits))
 
 
 def _ranks(method: str) -> Callable[[Any], dict[str, Any]]:

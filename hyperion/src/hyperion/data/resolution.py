@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hyperion_core.errors import DataError
-from hyperion_core.suggest import did_you_mean
+from hyperion_core.suggest import closest
 
 from .sources import FileSource, HubSource, RowSource, SavedSource, Source, TableSource
 
@@ -81,10 +81,20 @@ def _find_named(given: str, base: Path, split: str, name: str | None, revision: 
         return _find_local(given, path, split)
     looks_local = Path(given).suffix.lower() in SUFFIXES or given[:1] in ("/", ".", "~") or "\\" in given
     if looks_local or not _HUB_ID.fullmatch(given):
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, beside) if beside else f"there is no folder {path.parent} either"
-        raise DataError(f"there is no file or folder {given}", why=f"looked for {path.absolute()}", fix=hint)
+        raise DataError(f"there is no file or folder {given}", why=f"looked for {path.absolute()}", fix=_beside(path))
     return HubSource(given, name, split, revision)
+
+
+def _beside(path: Path) -> str:
+    """What the path may have been meant to be."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    names = sorted(p.name for p in path.parent.iterdir())
+    if best := closest(path.name, names):
+        return f'did you mean "{best}"?'
+    files = [name for name in names if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+    more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+    return f"of this kind there are {', '.join(files[:5])}{more}" if files else "give the path of a file, or a hub id"
 
 
 def _find_local(given: str, path: Path, split: str) -> Source:
@@ -100,9 +110,8 @@ def _find_local(given: str, path: Path, split: str) -> Source:
         raise DataError(
             f"there is no file or folder {given}",
             why=f"looked for {path}",
-            fix=did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir()
-            else f"there is no folder {path.parent} either",
-        )  # fmt: skip
+            fix=_beside(path),
+        )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return SavedSource(given, path, split)
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
