@@ -65,7 +65,7 @@ def _post_training(arms: dict[str, Any], plot: str) -> Iterable[str]:
 
 
 def _span(figures: list[dict[str, Any]], key: str) -> str:
-    found = sorted(f[key] for f in figures)
+    found = sorted(f[key] for f in figures if key in f)  # the first arms were measured without divergence
     if not found:
         return ""
     mean, digits = sum(found) / len(found), 3 if key == "divergence" else 2

@@ -178,12 +178,18 @@ def test_rows_that_were_evaluated_on_other_data_are_told(folder: Path, behave: A
     assert "not evaluated on the same tokens" in (folder / "out/compare.md").read_text()
 
 
+def heeding_ctrl_c() -> None:
+    """What is started by a job in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, *vary: str, code: str = "") -> subprocess.Popen[str]:
     options = [part for each in vary for part in ("--vary", each)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
         [sys.executable, "-c", code + COMMAND, "config.json", *options, "-o", "out"],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=None if sys.platform == "win32" else heeding_ctrl_c,
     )  # fmt: skip
 
 
