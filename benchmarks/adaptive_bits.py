@@ -8,8 +8,9 @@ Its weights lie on a 4-bit grid of groups of 32, so everything is rounded in sym
 gives no advantage. Text: chats made of 999 real instructions, disjoint rows for calibration, training and evaluation.
 "The same bits everywhere" at half a bit is every other layer with one bit more: the same bytes.
 
-Each arm is measured once, one after the other, and kept in benchmarks/results/adaptive-bits.json; a table and a plot
-are written beside it after each. An arm that fails is told, and tried again the next time.
+Each arm is measured once and kept in benchmarks/results/adaptive-bits.json; a table and a plot are written beside it
+after each. An arm that fails is told, and tried again the next time. The command may run twice at once: an arm that is
+being measured is left to the process that does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="arms whose name holds this; may be given again")
     parser.add_argument("--list", action="store_true", help="name the arms")
     parser.add_argument("--fresh", action="store_true", help="forget the results of these arms")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; two processes with one each take less time")
     parser.add_argument("--folder", type=Path, help="for text and plans; default: beside Hyperion's other caches")
     parser.add_argument("--rows", type=int, default=64, help="of calibration")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a row")
@@ -215,50 +217,73 @@ def main() -> None:
     if options.list:
         print("\n".join(chosen))
         return
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(options.threads))
     import torch
     from adaptive_bits_measures import Bench, cache_dir, quiet_libraries
     from adaptive_bits_report import write_report
+    from filelock import FileLock, Timeout
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     folder = options.folder or cache_dir() / "benchmark-adaptive-bits"
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder, options.rows, options.max_length, options.held_out)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     settings = {"rows": bench.rows, "max_length": bench.max_length, "held_out": bench.held_out, "dtype": bench.dtype}
-    found = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {}
-    if found and found["settings"] != settings:
-        sys.exit(f"{options.results} was measured with {found['settings']}: give --results another name")
-    results = {name: of for name, of in found.get("arms", {}).items() if not (options.fresh and name in chosen)}
     failed = []
+    if options.fresh:
+        _update(options.results, settings, forgotten=chosen)
     for name, arm in chosen.items():
-        if name in results:
-            continue
-        print(f"{name} …", flush=True)
-        started = time.monotonic()
         try:
-            with quiet_libraries():
-                figures = arm(bench)
+            with FileLock(folder / f".{name.replace('/', '-')}.lock", timeout=0):
+                if name in _update(options.results, settings):
+                    continue
+                print(f"{name} …", flush=True)
+                started = time.monotonic()
+                with quiet_libraries():
+                    figures = arm(bench)
+                figures["seconds"] = round(time.monotonic() - started)
+                _update(options.results, settings, {name: figures})
+        except Timeout:
+            continue  # another process is at it
         except Exception as error:
             print(f"  FAILED: {type(error).__name__}: {error}", flush=True)
             failed.append(name)
             continue
-        results[name] = {**figures, "seconds": round(time.monotonic() - started)}
-        print(f"  perplexity {figures.get('perplexity', float('nan')):.2f}, {results[name]['seconds']} s", flush=True)
-        content = {
-            "command": "python benchmarks/adaptive_bits.py",
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads",
-            "versions": {"python": platform.python_version(), **_versions()},
-            "settings": settings,
-            "of": len(arms()),
-            "arms": results,
-        }
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"  perplexity {figures.get('perplexity', float('nan')):.2f}, {figures['seconds']} s", flush=True)
         write_report(options.results)
+    results = _update(options.results, settings)
     print(f"{len(results)} arms measured; {options.results.with_suffix('.md')}")
     if failed:
         sys.exit("failed: " + ", ".join(failed))
+
+
+def _update(
+    file: Path, settings: Mapping[str, Any], more: Mapping[str, Any] | None = None, forgotten: Collection[str] = ()
+) -> dict[str, Any]:
+    """All results that the file holds, once `more` are added to it, and the `forgotten` ones are not."""
+    import torch
+    from filelock import FileLock
+
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if found and found["settings"] != settings:
+            sys.exit(f"{file} was measured with {found['settings']}: give --results another name")
+        arms_found = {name: of for name, of in found.get("arms", {}).items() if name not in forgotten}
+        arms_found |= more or {}
+        if arms_found != found.get("arms", {}):
+            content = {
+                "command": "python benchmarks/adaptive_bits.py",
+                "date": datetime.date.today().isoformat(),
+                "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads",
+                "versions": {"python": platform.python_version(), **_versions()},
+                "settings": settings,
+                "of": len(arms()),
+                "arms": {name: arms_found[name] for name in arms() if name in arms_found},
+            }
+            beside = file.with_name(f".{file.name}.partial")
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            beside.replace(file)
+        return arms_found
 
 
 def _versions() -> dict[str, str]:

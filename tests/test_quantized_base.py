@@ -152,12 +152,13 @@ def test_bits_that_are_shared_out_train_again_from_their_file_and_reload(tiny_mo
     shared = {"method": "rtn", "group_size": 16, "bits": "auto", "target_bits": 3.5}
     first = trained(config(tiny_model, shared), tmp_path / "first")
     plan = json.loads((first / "bit_plan.json").read_text(encoding="utf-8"))
-    assert len(set(plan["modules"].values())) > 1 and (first / "bit_plan.png").is_file()
+    assert len(set(plan["modules"].values())) > 1
     shutil.copy(first / "bit_plan.json", tmp_path / "plan.json")
     again = trained(config(tiny_model, {"method": "rtn", "bit_plan": str(tmp_path / "plan.json")}), tmp_path / "again")
     assert (again / "adapter_model.safetensors").read_bytes() == (first / "adapter_model.safetensors").read_bytes()
     (tmp_path / "plan.json").unlink()
     for folder in (first, again):
+        assert (folder / "bit_plan.png").read_bytes().startswith(b"\x89PNG")
         model = load_tuned(folder).model
         held = {n.removeprefix("base_model.model.").removesuffix(".base_layer"): m.bits  # type: ignore[attr-defined]
                 for n, m in model.named_modules() if type(m).__name__ == "PackedLinear"}  # fmt: skip

@@ -50,7 +50,7 @@ from .quantization.parity import (
     parity,
     refuse_limits,
 )
-from .quantization.planning import BIT_PLAN, HEAT_MAP, PlannedBits, planned_bits
+from .quantization.planning import PlannedBits, planned_bits
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -288,7 +288,6 @@ def _write(
 ) -> None:
     """Quantize, and write what the method's library loads."""
     from .quantization.base import load_quantizable
-    from .quantization.heat_map import draw_heat_map
 
     ctx.log.info("quantizing with %s", config.method)
     model: Any = load_quantizable(base, config, hooks, ctx, training=False, bits=bits.known, calibration=rows)
@@ -299,16 +298,8 @@ def _write(
         model.generation_config.to_json_file(ctx.output / "generation_config.json")  # saving it would check it anew
     for path in ctx.output.glob("*.safetensors"):
         shutil.copymode(ctx.output / "config.json", path)  # safetensors writes for the owner alone
-    if (ctx.output / BIT_PLAN).is_file() and not (ctx.output / HEAT_MAP).is_file():  # it came from a file
-        draw_heat_map(_widths(ctx.output / BIT_PLAN), ctx.output / HEAT_MAP)
     del model
     _let_go()
-
-
-def _widths(bit_plan: Path) -> dict[str, int]:
-    from .quantization.bit_plan_file import read_bit_plan
-
-    return {name: bits for name, (bits, _) in read_bit_plan(bit_plan, None).overrides.items()}
 
 
 def _after(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hyperion_core.errors import ModelError
 
-from ..models.facts import _read_safetensors_header, shard_names
+from ..models.facts import read_safetensors_header, shard_names
 from ..models.folder import some
-from ..models.gguf_header import BLOCK_SIZES, GGUFHeader, _damaged, _Reader
+from ..models.gguf_header import BLOCK_SIZES, GGUFHeader, GGUFReader, damaged_gguf
 
 # ggml's names of its types, by number; others are looked up in the gguf package.
 _GGML = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
@@ -40,7 +40,7 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: it is damaged, or cut short.
     """
-    _read_safetensors_header(path)
+    read_safetensors_header(path)
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -81,7 +81,7 @@ def gguf_of(path: Path) -> tuple[GGUFHeader, dict[str, StoredTensor]]:
             reader = _TypedReader(data, path)
             header = reader.header()
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, ValueError, OSError) as error:
-        raise _damaged(path, f"its header cannot be read ({error})") from error
+        raise damaged_gguf(path, f"its header cannot be read ({error})") from error
     found = {}
     for name, shape in header.tensors.items():
         kind = reader.kinds[name]
@@ -90,7 +90,7 @@ def gguf_of(path: Path) -> tuple[GGUFHeader, dict[str, StoredTensor]]:
     return header, found
 
 
-class _TypedReader(_Reader):
+class _TypedReader(GGUFReader):
     """Remembers each tensor's type."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:

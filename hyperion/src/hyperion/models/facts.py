@@ -201,7 +201,7 @@ def _safetensors_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
         return None
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        shapes |= _read_safetensors_header(path)
+        shapes |= read_safetensors_header(path)
     return shapes
 
 
@@ -224,7 +224,7 @@ def shard_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(set(weight_map.values())))
 
 
-def _read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
+def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as file:
             start = file.read(24)

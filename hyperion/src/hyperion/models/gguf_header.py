@@ -74,12 +74,12 @@ def read_header(path: Path) -> GGUFHeader:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, path).header()
+            return GGUFReader(data, path).header()
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, ValueError, OSError) as error:
-        raise _damaged(path, f"its header cannot be read ({error})") from error
+        raise damaged_gguf(path, f"its header cannot be read ({error})") from error
 
 
-class _Reader:
+class GGUFReader:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data
         self.path = path
@@ -87,7 +87,7 @@ class _Reader:
 
     def header(self) -> GGUFHeader:
         if self.data[:4] != b"GGUF":
-            raise _damaged(self.path, f"it starts with {self.data[:4]!r} instead of b'GGUF'")
+            raise damaged_gguf(self.path, f"it starts with {self.data[:4]!r} instead of b'GGUF'")
         self.at = 4
         version = self.scalar("I")
         if version not in (2, 3):
@@ -113,7 +113,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         start = -(-self.at // alignment) * alignment
         if start + end > len(self.data):
-            raise _damaged(self.path, f"it is cut short: {len(self.data):,} bytes instead of {start + end:,}")
+            raise damaged_gguf(self.path, f"it is cut short: {len(self.data):,} bytes instead of {start + end:,}")
         return GGUFHeader(metadata, tensors)
 
     def block_size(self, kind: int, tensor: str) -> tuple[int, int]:
@@ -169,5 +169,5 @@ class _Reader:
         self.at = at
 
 
-def _damaged(path: Path, why: str) -> ModelError:
+def damaged_gguf(path: Path, why: str) -> ModelError:
     return ModelError(f"{path} is not a whole GGUF file", why=why, fix="download or copy it again")

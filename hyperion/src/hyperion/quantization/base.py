@@ -112,10 +112,13 @@ def _bits(
 def _keep(bits: BitPlan, base: Path, config: QuantizationConfig, ctx: RunContext) -> None:
     """The bits of a file that the config names, in the output too: what is trained on them is loaded with them."""
     from .bit_plan_file import write_bit_plan
+    from .heat_map import draw_heat_map
 
     if not (ctx.output / BIT_PLAN).is_file():
         facts = model_facts(resolve_source(str(base)))
         write_bit_plan(ctx.output / BIT_PLAN, bits, facts=facts, method=str(config.method))
+        widths = {module.name: bits.of(module.name)[0] for module in facts.linear()}
+        draw_heat_map(widths, ctx.output / HEAT_MAP, f"bits by module, {config.method}")
 
 
 def _prepares(plugin: Quantizer) -> bool:
