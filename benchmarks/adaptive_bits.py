@@ -38,6 +38,7 @@ TRAINED_TARGETS = (2.5, 3.0)
 SEEDS = (0, 1, 2)
 STEPS = 100
 _ROWS_A_STEP = 3  # about 170 tokens each
+_TUNED_HELD_OUT = 64  # chats
 _SAMPLE_OF_EACH_KIND = 3
 _TRUTH_ROWS = 16  # of the held-out ones, about 1,900 tokens of answers
 _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "torchao", "bitsandbytes", "scipy")
@@ -47,7 +48,7 @@ Arms = dict[str, Callable[[Any], dict[str, Any]]]
 
 def arms() -> Arms:
     """By name, in the order in which they are measured."""
-    found: Arms = {"unquantized": lambda bench: bench.quality(bench.plain())}
+    found: Arms = {"unquantized": lambda bench: {**bench.quality(bench.plain()), "tokens": bench.answers}}
     found |= _every_target(SEEDS[:1])
     for bits in (4, 3):
         found[f"nearest/gptq/{bits}"] = _nearest(bits)
@@ -167,7 +168,7 @@ def _train(bench: Any, name: str, quantization: Mapping[str, Any] | None, dtype:
     from hyperion.models import load_tuned
     from hyperion.monitoring.metrics import MetricsFile
 
-    rows, held_out = bench.whole_chats("training"), bench.whole_chats("held-out")[: bench.held_out]
+    rows, held_out = bench.whole_chats("training"), bench.whole_chats("held-out")[:_TUNED_HELD_OUT]
     config: dict[str, Any] = {
         "base_model": str(bench.base),
         "dtype": dtype,
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for text and plans; default: beside Hyperion's other caches")
     parser.add_argument("--rows", type=int, default=64, help="of calibration")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--held-out", type=int, default=64, help="rows that perplexity is measured on")
+    parser.add_argument("--held-out", type=int, default=199, help="chats that perplexity is measured on")
     parser.add_argument("--results", type=Path, default=RESULTS / "adaptive-bits.json", help="the file of results")
     options = parser.parse_args()
     chosen = {name: arm for name, arm in arms().items() if all(part in name for part in options.only)}

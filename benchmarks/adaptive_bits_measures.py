@@ -92,7 +92,8 @@ class Bench:
         import torch
 
         rows = []
-        for chat in self.whole_chats("held-out")[: self.held_out]:
+        chats: list[dict[str, Any]] = json.loads(self.files["held-out"].read_text(encoding="utf-8"))
+        for chat in chats[: self.held_out]:
             shown, whole = (
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
                 for messages, asked in ((chat["messages"][:-1], True), (chat["messages"], False))
@@ -101,8 +102,14 @@ class Bench:
             ids, start = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, shown))
             while ids[-1] != self.tokenizer.eos_token_id:  # a line break of the template
                 ids.pop()
-            rows.append((torch.tensor(ids), len(start)))
+            if len(start) < min(len(ids), self.max_length):
+                rows.append((torch.tensor(ids[: self.max_length]), len(start)))
         return sorted(rows, key=lambda row: len(row[0]))
+
+    @property
+    def answers(self) -> list[int]:
+        """Their tokens."""
+        return [len(ids) - start for ids, start in self.evaluated]
 
     # --- models ---
 
@@ -211,16 +218,22 @@ class Bench:
         """The unquantized model's log-probabilities of held-out answers, batch by batch."""
         return [predicted.half() for predicted, _ in self.log_probabilities(self.plain())]
 
-    def quality(self, model: Any) -> dict[str, float]:
-        """On held-out answers: "perplexity", and "divergence" of the predictions from the unquantized model's (KL, nats
-        a token)."""
-        loss = divergence = count = 0.0
+    def quality(self, model: Any) -> dict[str, Any]:
+        """On held-out answers: "perplexity"; "divergence" of the predictions from the unquantized model's (KL, nats a
+        token); "losses", of each answer, in nats together."""
+        import torch
+
+        divergence, found = 0.0, []
         for before, (predicted, ids) in zip(self.original, self.log_probabilities(model), strict=True):
             before = before.float()
             divergence += float((before.exp() * (before - predicted)).sum().double())
-            loss -= float(predicted.gather(1, ids[:, None]).double().sum())
-            count += len(ids)
-        return {"perplexity": math.exp(loss / count), "divergence": divergence / count}
+            found.append(-predicted.gather(1, ids[:, None])[:, 0].double())
+        loss = torch.cat(found)
+        return {
+            "perplexity": math.exp(loss.mean()),
+            "divergence": divergence / len(loss),
+            "losses": [round(float(answer.sum()), 3) for answer in loss.split(self.answers)],
+        }
 
 
 def rounded_alone(bench: Bench, names: list[str], widths: list[int], method: str) -> dict[str, dict[int, Tensor]]:

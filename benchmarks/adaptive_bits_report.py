@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def write_report(results: Path) -> None:
         "out. At half a bit \"uniform\" gives every other layer one bit more. MB are 10^6 bytes of the linear modules' "
         "weights, scales counted; adaptive is held to what uniform takes. Perplexity is of the held-out answers alone "
         "(the system prompt is the same in every chat), divergence that of the predictions there from the unquantized "
-        "model's (KL, nats a token): mean of the calibration seeds, and least to most.", "",
+        "model's (KL, nats a token): mean of the calibration seeds, and least to most. The last column is in nats a "
+        "token, with the standard error over answers.", "",
         *([f"**{len(arms)} of {content['of']} arms are measured so far.**", ""] if len(arms) < content["of"] else []),
         *_post_training(arms, results.with_suffix(".png").name), *_nearest(arms), *_trained(arms), *_ranks(arms),
     ]  # fmt: skip
@@ -46,15 +48,18 @@ def _post_training(arms: dict[str, Any], plot: str) -> Iterable[str]:
     points = _points(arms)
     if not points:
         return
+    tokens: list[int] = []
     if found := arms.get("unquantized"):
-        yield from (f"Unquantized: perplexity {found['perplexity']:.2f}.", "")
+        tokens = found["tokens"]
+        yield f"Unquantized: perplexity {found['perplexity']:.2f}, of {sum(tokens):,} tokens in {len(tokens)} answers."
+        yield ""
     kinds = " | ".join(f"{what}, uniform | adaptive" for what in ("MB", "perplexity", "divergence"))
-    yield from (f"| method | bits | {kinds} |", "| --- " * 8 + "|")
+    yield from (f"| method | bits | {kinds} | loss, adaptive less uniform |", "| --- " * 9 + "|")
     for method, target in dict.fromkeys((method, target) for method, target, _ in points):
         pair = [points.get((method, target, kind), []) for kind in ("uniform", "adaptive")]
         sizes = [f"{max(f['linear_bytes'] for f in of) / 1e6:.2f}" if of else "" for of in pair]
         figures = [_span(of, key) for key in ("perplexity", "divergence") for of in pair]
-        yield f"| {method} | {target:g} | {' | '.join([*sizes, *figures])} |"
+        yield f"| {method} | {target:g} | {' | '.join([*sizes, *figures, _difference(*pair, tokens)])} |"
     yield from ("", f"![perplexity over bytes]({plot})", "")
 
 
@@ -64,6 +69,17 @@ def _span(figures: list[dict[str, Any]], key: str) -> str:
     found, digits = sorted(f[key] for f in figures), 3 if key == "divergence" else 2
     mean = f"{sum(found) / len(found):.{digits}f}"
     return mean + (f" ({found[0]:.{digits}f} – {found[-1]:.{digits}f})" if len(found) > 1 else "")
+
+
+def _difference(uniform: list[dict[str, Any]], adaptive: list[dict[str, Any]], tokens: list[int]) -> str:
+    """Nats a token, and the standard error over answers, the mean of the seeds being taken for each."""
+    if not (uniform and adaptive and tokens):
+        return ""
+    means = [[sum(of) / len(of) for of in zip(*(f["losses"] for f in arm), strict=True)] for arm in (uniform, adaptive)]
+    apart = [after - before for before, after in zip(*means, strict=True)]
+    mean = sum(apart) / sum(tokens)
+    rest = [each - mean * count for each, count in zip(apart, tokens, strict=True)]
+    return f"{mean:+.3f} ± {math.sqrt(sum(each * each for each in rest)) / sum(tokens):.3f}"
 
 
 def _nearest(arms: dict[str, Any]) -> Iterable[str]:
