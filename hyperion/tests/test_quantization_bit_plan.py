@@ -39,7 +39,7 @@ def facts(base: Path) -> ModelFacts:
 
 
 def bits_for(base: Path, cache: Path, rows: Any = ..., **options: Any) -> Path:
-    config = ChangemeConfig(bits="auto", group_size=16, **options)
+    config = ChangemeConfig(**{"bits": "auto", "group_size": 16, **options})
     plugin, hooks = ChangemeQuantizer(), RunHooks()
     hooks.add(plugin, "changeme")
     if rows is ...:
@@ -82,6 +82,14 @@ def test_what_the_quantizer_then_holds_keeps_the_budget(
     # rotary embeddings are no weights
     assert written["model"] == pytest.approx(memory, rel=0.01)
     assert len({plan.of(module.name)[0] for module in facts.linear()}) > 1
+
+
+def test_one_group_size_is_settled_for_all_where_none_is_said(base: Path, facts: ModelFacts, tmp_path: Path) -> None:
+    """And written down: else bytes would depend on what else is quantized, and another version could choose another."""
+    said = json.loads(bits_for(base, tmp_path, target_bits=3.0, group_size=None).read_text(encoding="utf-8"))
+    size = said["group_size"]
+    assert size >= 16 and not any(module.shape[1] % size for module in facts.linear())
+    assert any(module.shape[1] % (2 * size) for module in facts.linear()), "the largest that divides all"
 
 
 def test_a_budget_of_megabytes_is_for_the_whole_model(base: Path, facts: ModelFacts, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from hyperion_core.errors import CompatibilityError, ConfigError, HyperionError, ModelError
-from hyperion_core.facts import BitPlan
+from hyperion_core.facts import BitPlan, ModelFacts
 from hyperion_core.live_facts import live_model_facts
 from hyperion_core.testing.tiny import tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hyperion_quant_gptq import GptqConfig, GptqQuantizer
+from hyperion_quant_gptq.packed_linear import PackedLinear
+from hyperion_quant_gptq.saved_format import written
 
 _spec = importlib.util.spec_from_file_location("gptq_numbers", Path(__file__).with_name("test_gptq_numbers.py"))
 assert _spec and _spec.loader
@@ -54,6 +56,47 @@ def test_plain_transformers_gives_equal_logits(plan: BitPlan, options: dict[str,
         )
         assert type(plain.model.layers[0].mlp.up_proj).__module__.startswith("gptqmodel.")
         torch.testing.assert_close(logits(plain), logits(ours), rtol=0, atol=2e-6)
+
+
+ROWS = BitPlan(4, 64, {"*.down_proj": (4, 128)})
+
+
+@pytest.mark.parametrize(
+    ("widths", "plan"), [((96, 96), BitPlan(4, 96)), ((64, 128), ROWS)], ids=["of an odd width", "of two widths"]
+)
+def test_groups_that_are_whole_rows_load_in_plain_transformers(
+    widths: tuple[int, int], plan: BitPlan, tmp_path: Path
+) -> None:
+    """And still do when the loaded model was saved again: they are -1 in the file, and stay so."""
+    from transformers import GPTQConfig
+
+    base = numbers.save_base(tmp_path / "base", hidden_size=widths[0], intermediate_size=widths[1])
+    folder = numbers.quantized(base, tmp_path / "made", plan)
+    ours = numbers.loaded(folder, plan)
+    (tmp_path / "again").mkdir()
+    GptqQuantizer().quantizer_save(ours, GptqConfig(bits=4), tmp_path / "again")
+    facts = live_model_facts(AutoModelForCausalLM.from_pretrained(base))
+    for each in (folder, tmp_path / "again"):
+        saved = json.loads((each / "config.json").read_text())["quantization_config"]
+        assert saved["group_size"] == -1 and "dynamic" not in saved
+        _, read = GptqQuantizer().quantizer_recognize(saved, facts)
+        assert {read.of(module.name) for module in facts.linear()} == {(4, width) for width in widths}
+        plain = AutoModelForCausalLM.from_pretrained(
+            each, dtype=torch.float32, quantization_config=GPTQConfig(bits=4, backend="gptq_torch")
+        )
+        assert type(plain.model.layers[0].mlp.up_proj).__module__.startswith("gptqmodel.")
+        torch.testing.assert_close(logits(plain), logits(ours), rtol=0, atol=2e-6)
+
+
+def test_only_groups_whose_number_is_not_read_are_written_otherwise() -> None:
+    packed = {
+        name: PackedLinear((32, width), None, 4, group_size, sym=True, version=1)
+        for name, width, group_size in [("a", 192, 64), ("b", 192, 64), ("c", 96, 96), ("d", 128, 128)]
+    }
+    saved = written(GptqConfig(), packed, [], 1)
+    assert saved["group_size"] == 64
+    assert saved["dynamic"] == {"+:^c$": {"bits": 4, "group_size": -1}, "+:^d$": {"bits": 4, "group_size": 128}}
+    assert written(GptqConfig(), {"d": packed["d"]}, [], 1)["group_size"] == 128
 
 
 @pytest.mark.slow
@@ -177,6 +220,19 @@ def test_a_group_size_that_does_not_fit_names_the_layers_and_the_way_out() -> No
     (problem,) = check(GptqConfig(), odd, BitPlan(3, 16), "cpu")
     assert "cannot be packed in 3 bits" in problem.what and "multiples of 32" in problem.why
     assert not check(GptqConfig(), odd, BitPlan(4, 16), "cpu")
+
+
+def test_16_bits_for_all_are_refused_and_for_some_are_not() -> None:
+    facts, unknown = live_model_facts(tiny_llama()), ModelFacts("somewhere")
+    check = GptqQuantizer().quantizer_check
+    for model, plan in ((facts, BitPlan(16, 0)), (unknown, BitPlan(16, 0)), (facts, BitPlan(4, 0, {"*": (16, 0)}))):
+        (problem,) = check(GptqConfig(), model, plan, "cpu")
+        assert problem.path == "bits" and problem.what == "16 bits quantize nothing" and "2, 3, 4, 8" in problem.fix
+    assert not check(GptqConfig(), facts, BitPlan(16, 0, {"*.down_proj": (4, 0)}), "cpu")
+    assert not check(GptqConfig(), facts, BitPlan(4, 0, {"*.down_proj": (16, 0)}), "cpu")
+    saved = json.loads((OLD / "3bit/config.json").read_text())["quantization_config"]
+    _, read = GptqQuantizer().quantizer_recognize(saved, unknown)  # its modules are not known: no 16 bits for all
+    assert read == BitPlan(3, 32) and not check(GptqConfig(), unknown, read, "cpu")
 
 
 def test_double_quant_is_explained() -> None:

@@ -33,6 +33,21 @@ class ForgetsAFile(Honest):
         return super().quantizer_save(model, config, folder)[1:]
 
 
+class SavesOnlyOnce(Honest):
+    """What it reloads cannot be written again, as weights that a library has converted while loading."""
+
+    def quantizer_after_load(self, model: Any, config: Any, bits: BitPlan, training: bool) -> Any:
+        again = bool(packed(model))
+        model = super().quantizer_after_load(model, config, bits, training)
+        model.converted = again
+        return model
+
+    def quantizer_save(self, model: Any, config: Any, folder: Path) -> list[Path]:
+        if model.converted:
+            raise NotImplementedError("reverse_op")
+        return super().quantizer_save(model, config, folder)
+
+
 class LoadsTheOriginalBeside(Honest):
     """What it reloads is larger than what it saved."""
 
@@ -114,6 +129,16 @@ class BendsTheGradient(Afterwards):
 # --- the weights themselves ---
 
 
+class LosesWhatIsMerged(Honest):
+    """Its modules hand out a weight that anybody may write into, and make it anew the next time."""
+
+    def quantizer_after_load(self, model: Any, config: Any, bits: BitPlan, training: bool) -> Any:
+        model = super().quantizer_after_load(model, config, bits, training)
+        for module in packed(model).values():
+            module.__class__ = type("PackedLinear", (type(module),), {"weight": property(lambda self: self.unpacked())})
+        return model
+
+
 class FakesAnotherRounding(Honest):
     def quantizer_fake_quantize(self, weight: Any, config: Any, bits: int, group_size: int) -> Any:
         return super().quantizer_fake_quantize(weight, config.model_copy(update={"symmetric": True}), bits, group_size)
@@ -177,12 +202,14 @@ OTHER = "test_a_base_of_other_bits_is_refused"
 TRAINING = "test_training_on_top_leaves_the_base_alone"
 GRADIENT = "test_gradients_are_those_of_the_dequantized_weight"
 FAKE = "test_fake_quantize_agrees_with_the_real_one"
+WRITTEN = "test_what_is_written_into_a_weight_is_not_lost"
 REQUANTIZE = "test_requantize_holds_the_weight_that_it_is_given"
 
 BROKEN = [
     (SavesAnotherModel, RELOADED, "saved and loaded again, it gives other logits"),
     (SavesPickles, RELOADED, r"saved as pickles, which can run code: \['extra.pt'\]"),
     (ForgetsAFile, RELOADED, "quantizer_save answers with .*, and wrote .*config.json"),
+    (SavesOnlyOnce, RELOADED, "saved and loaded again, it cannot be saved: NotImplementedError: reverse_op"),
     (LoadsTheOriginalBeside, RELOADED, "loaded again it takes .* bytes"),
     (ReportsNothingAfterReloading, RELOADED, "quantizer_modules reports something else"),
     (RecognizesNothing, RECOGNIZED, r"config.json says quant_method .changeme., and provides.reads has \['another'\]"),
@@ -197,6 +224,7 @@ BROKEN = [
     (LosesWhatWasLearnt, TRAINING, "over 2 bits 5 steps do not lower the loss"),
     (CutsTheGradient, GRADIENT, "no gradient goes through"),
     (BendsTheGradient, GRADIENT, "is not that of its weight"),
+    (LosesWhatIsMerged, WRITTEN, "what is assigned to .*q_proj.weight.data is lost without a word"),
     (FakesAnotherRounding, FAKE, "is not what quantizing gives"),
     (FakesInFloat32, FAKE, r"turns \(128, 128\) torch.bfloat16 into \(128, 128\) torch.float32"),
     (FakesInPlace, FAKE, "changes the weight that it is given"),

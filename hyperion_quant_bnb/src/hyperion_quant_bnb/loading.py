@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from hyperion_core.context import RunContext
 from hyperion_core.errors import CompatibilityError
-from hyperion_core.facts import BitPlan, ModelFacts
+from hyperion_core.facts import BitPlan, ModelFacts, is_output_head
 from hyperion_core.live_facts import live_model_facts
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -115,6 +115,12 @@ def is_quantized(module: Any) -> bool:
 
 
 def _verify(found: Mapping[str, Any], config: BnbConfig, planned: Chosen, *, any_block: bool) -> None:
+    if heads := [name for name in found if is_output_head(name)]:
+        raise CompatibilityError(
+            f"the output head of this base, {heads[0]}, is quantized too",
+            why="Hyperion leaves it as it is, and cannot train over one in fewer bits",
+            fix="start from a checkpoint that keeps it, or from the unquantized model",
+        )
     for name in [*planned, *found]:
         is_there = _described(found[name], any_block) if name in found else "not quantized"
         wanted = _wanted(*planned[name], config, any_block) if name in planned else "not quantized"

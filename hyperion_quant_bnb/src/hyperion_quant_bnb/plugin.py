@@ -132,5 +132,7 @@ class BnbQuantizer(Quantizer):
 
     def quantizer_save(self, model: Any, config: BnbConfig, folder: Path) -> list[Path]:
         before = set(folder.iterdir())
-        model.save_pretrained(folder)
+        # transformers cannot undo what it did to weights that were quantized already as it loaded them.
+        loaded_so = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
+        model.save_pretrained(folder, save_original_format=not loaded_so)
         return sorted(set(folder.iterdir()) - before)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ def rounded_by(weight: Tensor, second_moment: Tensor, layout: Layout, config: Gp
 
 def _task(module: nn.Module, layout: Layout, config: GptqConfig, classes: tuple[Any, Any]) -> Any:
     gptq, options = classes
-    return gptq(
+    task = gptq(
         module,
         options(
             bits=layout.bits,
@@ -196,6 +197,20 @@ def _task(module: nn.Module, layout: Layout, config: GptqConfig, classes: tuple[
             offload_to_disk=False,
         ),
     )
+    if config.sym:  # bound, and no subclass: gptqmodel's kernel for CUDA works with the very class `Quantizer` alone
+        task.quantizer.find_params = MethodType(_find_mirrored_params, task.quantizer)
+    return task
+
+
+def _find_mirrored_params(quantizer: Any, x: Tensor, weight: bool = False) -> None:
+    """`Quantizer.find_params` of the columns of a group, (out, size), for `sym`.
+
+    It does not mirror the range of a row without a negative weight, and would lose the upper half of it.
+    """
+    type(quantizer).find_params(quantizer, x, weight)
+    low, high = x.aminmax(dim=1)
+    one_sided = ((low >= 0) & (high > 0)).view_as(quantizer.scale)
+    quantizer.scale = torch.where(one_sided, 2 * quantizer.scale, quantizer.scale)
 
 
 def _take(name: str, task: Any, inputs: Tensor) -> None:

@@ -13,7 +13,7 @@ AS_IT_IS = 16
 #: Weights that share a scale where the user does not say: the first of these that divides the widths of all layers, so
 #: that they are alike, as transformers' own loader needs it; where none does, the first that divides the layer's.
 DEFAULT_GROUP_SIZES = (128, 64, 32, 16)
-#: Those that gptqmodel's kernels read; a whole row is one too.
+#: Those that gptqmodel's kernels read; a whole row, however long, is one too, and is written as -1.
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 

@@ -54,8 +54,7 @@ def quantize_folder(
                 tensor.data = tensor.data.to(types[name])
         packed = packed_modules(model)
         left = [fact.name for fact in facts.linear() if fact.name not in packed]
-        pairs = {name: (module.bits, module.group_size) for name, module in packed.items()}
-        model.config.quantization_config = written(config, pairs, left, 1)
+        model.config.quantization_config = written(config, packed, left, 1)
         model.save_pretrained(folder)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from hyperion_core.facts import ModelFacts
 from hyperion_core.live_facts import live_model_facts
+from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
 from .packing import pack, pack_zeros, unpack, unpack_zeros
@@ -60,7 +61,7 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
     @property
     def weight(self) -> Tensor:
         """What forward uses, float32 (out, in); made anew each time."""
-        return self.unpacked().float()
+        return unpacked_weight(self.unpacked().float())
 
     def unpacked(self) -> Tensor:
         """The same, float16: it has no more digits."""

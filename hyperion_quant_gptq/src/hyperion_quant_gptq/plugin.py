@@ -49,6 +49,9 @@ class GptqQuantizer(Quantizer):
         for wrong in sorted(asked - self.provides.bits - {AS_IT_IS}):
             why, fix = "the format packs no other widths", f"take one of {offered}"
             problems.append(Problem("bits", f"gptq cannot hold weights in {wrong} bits", why, fix))
+        if ({bits.of(module.name)[0] for module in model.linear()} if model.known else asked) == {AS_IT_IS}:
+            fix = f"set bits to one of {offered}, or leave out quantization"
+            problems.append(Problem("bits", "16 bits quantize nothing", fix=fix))
         if device not in self.provides.devices:
             usable = " or ".join(sorted(self.provides.devices))
             problems.append(Problem("", f'gptq does not work on "{device}"', fix=f"train on {usable}"))
@@ -67,6 +70,8 @@ class GptqQuantizer(Quantizer):
         for index, key in enumerate(("bits", "group_size")):
             if len(values := {pair[index] for pair in found.modules.values()}) == 1:
                 options[key] = values.pop()
+        if not model.known:
+            return options, BitPlan(found.default[0], max(found.default[1], 0))
         return options, BitPlan(AS_IT_IS, 0, found.modules)
 
     # --- quantizing ---
@@ -152,7 +157,7 @@ class GptqQuantizer(Quantizer):
         return rounded_by(weight, stats["second_moment"], layout, config).to(weight.dtype)
 
     def quantizer_dequantize(self, module: PackedLinear) -> Tensor:
-        return module.weight
+        return module.unpacked().float()
 
     def quantizer_requantize(self, module: PackedLinear, weight: Tensor, config: GptqConfig, bits: int) -> Module:
         from .packed_linear import PackedLinear
@@ -171,8 +176,7 @@ class GptqQuantizer(Quantizer):
         before, was = set(folder.iterdir()), getattr(model.config, "quantization_config", None)
         left = [fact.name for fact in facts_of(model).linear() if fact.name not in packed]
         version = next((module.version for module in packed.values()), 1)
-        pairs = {name: (module.bits, module.group_size) for name, module in packed.items()}
-        model.config.quantization_config = written(config, pairs, left, version)
+        model.config.quantization_config = written(config, packed, left, version)
         try:
             model.save_pretrained(folder)
         finally:

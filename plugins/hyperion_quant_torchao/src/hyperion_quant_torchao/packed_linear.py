@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
 from .config import TorchaoConfig
@@ -48,6 +49,10 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
 
     @property
     def weight(self) -> Tensor:
+        """`unpacked()`, for others that ask a linear module for its weight."""
+        return unpacked_weight(self.unpacked())
+
+    def unpacked(self) -> Tensor:
         """What forward uses, float32 (out, in); made anew each time."""
         zero = 2 ** (self.bits - 1) if self.zero is None else self.zero
         return restored(unpack(self.packed, self.bits), self.scale.view(torch.float16), zero)
@@ -66,12 +71,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: PackedLinear) -> Tensor:
         ctx.module = module
-        return x @ module.weight.to(x.dtype).T
+        return x @ module.unpacked().to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.module.weight.to(gradient.dtype), None
+        return gradient @ ctx.module.unpacked().to(gradient.dtype), None
 
 
 def packed_like(linear: Any, bits: int, group_size: int, sym: bool) -> PackedLinear:

@@ -42,6 +42,9 @@ class TorchaoQuantizer(Quantizer):
     def quantizer_check(self, config: TorchaoConfig, model: ModelFacts, bits: BitPlan, device: str) -> list[Problem]:
         problems = []
         asked = {width for width, _ in [(bits.bits, 0), *bits.overrides.values()]}
+        if not _chosen(model, bits) and model.known:
+            fix = "set bits to another number, or leave out quantization"
+            problems.append(Problem("bits", "16 bits quantize nothing", fix=fix))
         for wrong in sorted(asked - self.provides.bits - {_AS_IT_IS}):
             offered = ", ".join(map(str, sorted(self.provides.bits)))
             why, fix = "torchao rounds to integers of other widths", f"take one of {offered}"
@@ -109,7 +112,7 @@ class TorchaoQuantizer(Quantizer):
         return restored(found.numbers, found.scale, zero).to(weight.dtype)
 
     def quantizer_dequantize(self, module: PackedLinear) -> Tensor:
-        return module.weight
+        return module.unpacked()
 
     def quantizer_requantize(self, module: PackedLinear, weight: Tensor, config: TorchaoConfig, bits: int) -> Module:
         from .packed_linear import packed_like

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .config import TorchaoConfig
 
+_LEAST_SCALE = 2.0**-24  # of float16
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -30,8 +32,9 @@ def rounded(weight: Tensor, bits: int, group_size: int, config: TorchaoConfig) -
         from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
         from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
+    weight = weight.detach().float()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     how = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{bits}"),
         granularity=PerGroup(group_size),
@@ -41,10 +44,21 @@ def rounded(weight: Tensor, bits: int, group_size: int, config: TorchaoConfig) -
     )
     quantize_(linear, how)
     held, least = linear.weight, -(2 ** (bits - 1))
-    # A scale below float16's least number is 0, and what was divided by it is no number.
-    numbers = held.qdata.unflatten(1, (-1, group_size)).masked_fill((held.scale == 0).unsqueeze(-1), 0).flatten(1)
-    zero = None if config.sym else _from_zero(held.zero_point, least)
-    return Rounded(_from_zero(numbers, least), held.scale, zero)
+    grouped = weight.unflatten(1, (-1, group_size))
+    scale, zero = held.scale, None if config.sym else held.zero_point
+    numbers = held.qdata.unflatten(1, (-1, group_size))
+    # torchao multiplies by 1 / scale in float16, which has no such number where the scale is small.
+    lost = (1 / scale).isinf()
+    if lost.any():
+        scale = scale.where(~lost, scale.clamp_min(_LEAST_SCALE))
+        division = grouped / scale.float().unsqueeze(-1)
+        if zero is not None:
+            lowest = (least - division.amin(-1).clamp_max(0).round()).clamp(least, -least - 1)
+            zero = zero.where(~lost, lowest.to(zero.dtype))
+            division = division + zero.unsqueeze(-1)
+        again = division.round().clamp(least, -least - 1).to(numbers.dtype)
+        numbers = numbers.where(~lost.unsqueeze(-1), again)
+    return Rounded(_from_zero(numbers.flatten(1), least), scale, None if zero is None else _from_zero(zero, least))
 
 
 def restored(numbers: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:

@@ -128,7 +128,7 @@ class ChangemeQuantizer(Quantizer):
         return _dequantize(*parts).to(weight.dtype)
 
     def quantizer_dequantize(self, module: Any) -> Any:
-        return module.weight
+        return module.unpacked()
 
     def quantizer_requantize(self, module: Any, weight: Any, config: ChangemeConfig, bits: int) -> Any:
         packed = _empty_like(module, bits, module.group_size, config.symmetric)
@@ -173,6 +173,7 @@ def _dequantize(q: Any, scale: Any, zero: Any) -> Any:
 def _packed_linear() -> Any:
     """The class of quantized modules. It is made on first use: torch is not imported before."""
     import torch
+    from hyperion_core.unpacked_weight import unpacked_weight
 
     class Product(torch.autograd.Function):
         """x · Wᵀ. Autograd alone would keep every W whole until the way back; here it is unpacked again instead."""
@@ -180,11 +181,11 @@ def _packed_linear() -> Any:
         @staticmethod
         def forward(ctx: Any, x: Any, module: Any) -> Any:
             ctx.module = module
-            return x @ module.weight.to(x.dtype).T
+            return x @ module.unpacked().to(x.dtype).T
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            return gradient @ ctx.module.weight.to(gradient.dtype), None
+            return gradient @ ctx.module.unpacked().to(gradient.dtype), None
 
     class PackedLinear(torch.nn.Linear):  # PEFT and others ask for torch.nn.Linear
         def __init__(self, shape: tuple[int, int], bias: Any, bits: int, group_size: int, symmetric: bool) -> None:
@@ -211,6 +212,9 @@ def _packed_linear() -> Any:
 
         @property
         def weight(self) -> Any:
+            return unpacked_weight(self.unpacked())
+
+        def unpacked(self) -> Any:
             """What forward uses, float32 (out, in); made anew each time."""
             place = torch.arange(8, dtype=torch.uint8, device=self.packed.device)
             q = sum((plane.unsqueeze(-1) >> place & 1).flatten(1) << bit for bit, plane in enumerate(self.packed))
