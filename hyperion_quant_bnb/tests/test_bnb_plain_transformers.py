@@ -148,3 +148,10 @@ def test_a_checkpoint_of_plain_transformers_is_recognized(base: Path, tmp_path: 
         model = load(tmp_path, **options, skip_modules=["k_proj"], compute_dtype=asked)
         assert model.get_submodule("model.layers.1.mlp.up_proj").compute_dtype == expected
         assert logits(model).isfinite().all()
+
+
+def test_a_quantized_output_head_is_named_as_what_is_in_the_way(base: Path, tmp_path: Path) -> None:
+    """No option of ours would help there."""
+    plain(base, load_in_8bit=True, llm_int8_skip_modules=["none"]).save_pretrained(tmp_path / "saved")
+    with pytest.raises(CompatibilityError, match="the output head of this base, lm_head, is quantized too"):
+        load(tmp_path / "saved", bits=8)
