@@ -26,6 +26,7 @@ CORE_MODULES = (
     "hyperion_core.language_model",
     "hyperion_core.suggest",
     "hyperion_core.live_facts",
+    "hyperion_core.unpacked_weight",
     "hyperion_core.foreign",
     "hyperion_core.quiet",
 )

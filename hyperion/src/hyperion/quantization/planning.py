@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BIT_PLAN = "bit_plan.json"
 HEAT_MAP = "bit_plan.png"
 #: Widths that bits: auto chooses from, of those that a quantizer has; 16 is there for all.
-CANDIDATES = frozenset({2, 3, 4, 8})
+CANDIDATES = frozenset({2, 3, 4, 5, 6, 8})
 
 
 @dataclass(frozen=True)
