@@ -20,7 +20,7 @@ from tuned_runs import LORA, RTN, base_model, tuned_run
 
 from hyperion import exporting
 from hyperion.exporting import export_merged
-from hyperion.quantization import merging
+from hyperion.quantization import merged_module, merging
 from hyperion_adapters_lora import LoraAdapter
 
 
@@ -123,13 +123,31 @@ def scaled(factor: float) -> Callable[..., Any]:
     return adapter_merge_weight
 
 
+FAULTS = {"delta lost": 0.0, "twice the delta": 2.0, "alpha / r forgotten": 0.25}
+WRONG = pytest.mark.parametrize("factor", FAULTS.values(), ids=FAULTS)
+
+
+@WRONG
 @pytest.mark.parametrize("into", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("factor", [0.0, 2.0, 0.25], ids=["delta lost", "twice the delta", "alpha / r forgotten"])
 def test_a_wrong_delta_is_caught(
     factor: float, into: Any, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the answers of the whole model alone."""
     monkeypatch.setattr(LoraAdapter, "adapter_merge_weight", scaled(factor))
+    monkeypatch.setattr(merged_module, "refuse_other_change", lambda *args: None)
     assert "does not answer as the model that it was made of" in refused(plain_run, tmp_path / "out", into)
+
+
+@WRONG
+@pytest.mark.parametrize("into", ["bfloat16", "quantized"])
+def test_a_wrong_delta_is_caught_where_rounding_hides_it(
+    factor: float, into: Any, quantized_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are asked one by one, before they are rounded."""
+    monkeypatch.setattr(LoraAdapter, "adapter_merge_weight", scaled(factor))
+    said = refused(quantized_run, tmp_path / "out", into)
+    assert "is not what the adapter does there" in said
+    assert f"the weight makes {f'{factor:g} times that' if factor else 'nothing'}" in said
 
 
 @pytest.mark.parametrize("into", ["float16", "bfloat16", "quantized"])

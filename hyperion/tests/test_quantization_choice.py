@@ -108,6 +108,7 @@ def test_without_any_it_says_how_to_get_one(installed: Registry) -> None:
         ({"bits": "auto", "target_bits": 3, "budget_mb": 90}, "quantization.bits: bits: auto has two budgets"),
         ({"bits": 4, "target_bits": 3.5}, 'quantization.target_bits: "target_bits" needs bits: auto'),
         ({"bits": 4, "bit_plan": "plan.json"}, 'quantization.bits: "bits" stands beside bit_plan'),
+        ({"group_size": 32, "bit_plan": "plan.json"}, 'quantization.group_size: "group_size" stands beside bit_plan'),
         ({"bits": 17}, "quantization.bits: 17 is refused"),
         ({"bits": "all"}, "quantization.bits: 'all' is refused"),
         ({"calibration": {"row": 8}}, 'did you mean "rows"?'),

@@ -35,8 +35,10 @@ class Calibrated(RtnQuantizer):
             (ctx.output / "seen.txt").write_text(str([row["input_ids"].shape[1] for row in calibration]))
         return None
 """
-# Writes a head that is no numbers.
+# A head that is no numbers, one that says nothing, and a plugin that loads nothing of what it wrote.
 GARBAGE = """
+from dataclasses import replace
+
 from acme_rtn import RtnConfig, RtnQuantizer
 
 class GarbageConfig(RtnConfig):
@@ -48,6 +50,23 @@ class Garbage(RtnQuantizer):
     def quantizer_save(self, model, config, folder):
         model.lm_head.weight.data.mul_(float("nan"))
         return super().quantizer_save(model, config, folder)
+
+class SilentConfig(RtnConfig):
+    method: str = "silent"
+
+class Silent(RtnQuantizer):
+    config_class = SilentConfig
+
+    def quantizer_save(self, model, config, folder):
+        model.lm_head.weight.data.zero_()
+        return super().quantizer_save(model, config, folder)
+
+class WriteOnlyConfig(RtnConfig):
+    method: str = "write-only"
+
+class WriteOnly(RtnQuantizer):
+    config_class = WriteOnlyConfig
+    provides = replace(RtnQuantizer.provides, reads=frozenset())
 """
 
 
@@ -55,7 +74,14 @@ class Garbage(RtnQuantizer):
 def plugins(fake_dist: Any) -> None:
     source = files("hyperion") / "plugin_templates" / "quantizer" / "plugin.py"
     module = source.read_text(encoding="utf-8").replace("changeme", "rtn").replace("Changeme", "Rtn")
-    names = {"rtn": "acme_rtn:RtnQuantizer", "seeing": "acme_c:Calibrated", "ruined": "acme_g:Garbage"}
+    names = {
+        "rtn": "acme_rtn:RtnQuantizer",
+        "seeing": "acme_c:Calibrated",
+        "ruined": "acme_g:Garbage",
+        "silent": "acme_g:Silent",
+        "swapped": "acme_g:Swapped",
+        "write-only": "acme_g:WriteOnly",
+    }
     fake_dist("acme-rtn", {"hyperion.quantizers": names}, {"acme_rtn": module, "acme_c": CALIBRATED, "acme_g": GARBAGE})
 
 
@@ -190,6 +216,21 @@ def test_what_answers_otherwise_than_it_may_is_not_left_behind(
         quantize(str(tiny_model), options, output_dir=tmp_path / "out", **limits)
     assert expected in str(caught.value)
     assert not list(tmp_path.glob("*out*")), "nothing half-written is left"
+
+
+def test_damage_is_told_from_what_so_many_bits_usually_lose(tiny_model: Path, tmp_path: Path) -> None:
+    """It is as near as guessing, and far from what 8 bits do."""
+    with pytest.raises(HyperionError, match="does not answer as the model that it was made of"):
+        quantize(str(tiny_model), {"method": "silent", "bits": 8, "group_size": 16}, output_dir=tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_method_that_loads_none_of_its_checkpoints_is_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperion.quantizing._before", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(HyperionError, match='"write-only" cannot make a checkpoint that stands alone'):
+        quantize(str(tiny_model), {"method": "write-only", "bits": 4}, output_dir=tmp_path / "out")
 
 
 def test_a_full_disk_is_told_as_such(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

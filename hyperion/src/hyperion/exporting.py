@@ -38,6 +38,7 @@ from .quantization.parity import (
     Reference,
     logits_of,
     loosest,
+    mean_bits,
     parity,
     quantized_tolerance,
     refuse_limits,
@@ -178,12 +179,6 @@ class _Quantized:
         model = load_model(folder, dtype=self.dtype, device=device, load_kwargs=options)
         return self.quantizer.quantizer_after_load(model=model, config=self.config, bits=bits, training=False)
 
-    @property
-    def mean_bits(self) -> float:
-        """Over the quantized weights; how many there are in a module follows from its bytes."""
-        weights = sum(info.nbytes / info.bits for info in self.modules.values())
-        return sum(info.nbytes for info in self.modules.values()) / weights if weights else 16.0
-
     def described(self) -> str:
         widths = sorted({info.bits for info in self.modules.values()}) or [16]
         return f"{widths[0]}{f' to {widths[-1]}' if len(widths) > 1 else ''} bits by {self.config.method}"
@@ -193,7 +188,7 @@ def _tolerance(target: str, dtype: str, method: str | None, quantized: _Quantize
     """What is usual: rounding of the weights to the result's format, and of what is computed in either format. A
     quantizer's own kernels compute in half precision, whatever the rest does."""
     if quantized is not None:
-        return quantized_tolerance(quantized.mean_bits)
+        return quantized_tolerance(mean_bits(quantized.modules))
     return loosest(*(FORMAT_TOLERANCE[each] for each in (target, dtype, *(["float16"] if method else []))))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -47,7 +46,9 @@ from .quantization.parity import (
     ParityTolerance,
     Reference,
     logits_of,
+    mean_bits,
     parity,
+    quantized_tolerance,
     refuse_limits,
 )
 from .quantization.planning import PlannedBits, planned_bits
@@ -110,7 +111,7 @@ def quantize(
         output_dir: a folder that does not exist yet, or is empty.
         dtype: "auto", "float32", "bfloat16" or "float16": of what is not quantized, and of the model before.
         max_kl, min_top1: how far the answers may be from those before: nats a token, share of equal likeliest tokens.
-            By default what is written is refused only when it is no better than guessing.
+            By default what is written is refused when it is twice as far away as is usual for so many bits.
 
     Raises:
         ConfigError: with every problem of the options at once, before anything heavy is loaded.
@@ -123,6 +124,7 @@ def quantize(
     source = resolve_source(model, revision)
     facts = _checked(source)
     hooks, plugin, choice = _quantizer(config)
+    _refuse_write_only(plugin, config)
     guess = plan_device()
     _refuse(config, plugin, hooks, facts, guess, choose_dtype(dtype, guess))
     with new_folder(Path(output_dir), "the quantized model") as folder:
@@ -133,8 +135,8 @@ def quantize(
         rows, tokenizer = _rows(base, config, plugin, bits, facts, ctx)
         before, memory = _before(base, tokenizer, ctx)
         _write(base, config, hooks, bits, rows, tokenizer, ctx)
-        after, memory_after = _after(folder, config, plugin, hooks, facts, ctx)
-        found, tolerance = _compared(before, after, max_kl, min_top1)
+        after, memory_after, mean = _after(folder, config, plugin, hooks, facts, ctx)
+        found, tolerance = _compared(before, after, mean, max_kl, min_top1)
         done = Quantized(
             folder=Path(output_dir).expanduser().absolute(),
             method=choice.name,
@@ -217,6 +219,15 @@ def _refuse(
         raise ConfigError(named, source="hyperion quantize")
     assert bits is not None
     return bits
+
+
+def _refuse_write_only(plugin: Quantizer, config: QuantizationConfig) -> None:
+    if not plugin.provides.reads:
+        raise CompatibilityError(
+            f'"{config.method}" cannot make a checkpoint that stands alone',
+            why="its plugin loads none (provides.reads is empty), so that nothing could be compared, nor used",
+            fix=f"train on top, with quantization.method: {config.method} in a config, or choose another method",
+        )
 
 
 def _measures(plugin: Quantizer, bits: PlannedBits | None) -> bool:
@@ -304,8 +315,8 @@ def _write(
 
 def _after(
     folder: Path, config: QuantizationConfig, plugin: Quantizer, hooks: RunHooks, facts: ModelFacts, ctx: RunContext
-) -> tuple[Reference, int]:
-    """What the checkpoint says, loaded from its files, and its bytes in memory."""
+) -> tuple[Reference, int, float]:
+    """What the checkpoint says, loaded from its files, its bytes in memory, and the mean bits of what is quantized."""
     from .models.load import load_tokenizer
     from .quantization.base import load_quantizable
     from .quantization.resident import base_bytes
@@ -323,16 +334,18 @@ def _after(
     model: Module = load_quantizable(folder, own, hooks, ctx, training=False, bits=bits)
     model.requires_grad_(False)
     said = logits_of(model, load_tokenizer(folder), DEFAULT_TEXTS, ctx.progress, "the quantized model")
-    return said, base_bytes(model, hooks.quantizer(method))
+    quantizer = hooks.quantizer(method)
+    return said, base_bytes(model, quantizer), mean_bits(quantizer.quantizer_modules(model=model))
 
 
 def _compared(
-    before: Reference, after: Reference, max_kl: float | None, min_top1: float | None
+    before: Reference, after: Reference, bits: float, max_kl: float | None, min_top1: float | None
 ) -> tuple[Parity, ParityTolerance]:
+    """Held to what is usual for `bits`, the mean of the quantized weights, or to what the user says."""
     found = parity(before, after)
-    # How much is lost is for the user to judge; even odds for all tokens are no further away than the default limit.
-    guessing = round(math.log(before.logits[0].shape[1]), 4)
-    tolerance = ParityTolerance(mean_kl=guessing, top1=0.0).changed(max_kl, min_top1)
+    # How much is lost is for the user to judge. Twice what is usual lets small models pass, and a damaged one does not.
+    usual = quantized_tolerance(bits)
+    tolerance = ParityTolerance(mean_kl=2 * usual.mean_kl, top1=usual.top1 / 2).changed(max_kl, min_top1)
     found.check(tolerance, "the quantized model")
     return found, tolerance
 

@@ -260,10 +260,10 @@ class QuantizationConfig(StrictModel):
         ]
         targets = sorted(given & {"target_bits", "budget_mb"})
         if "bit_plan" in given:
-            why = "the file says how many bits each module has"
+            why = "the file says how many bits each module has, and in groups of how many weights"
             found += [
                 Problem(key, f'"{key}" stands beside bit_plan', why, "leave one of the two out")
-                for key in ("bits", *targets)
+                for key in ("bits", *sorted(given & {"group_size"} & cls.understood), *targets)
                 if key in given
             ]
         elif data.get("bits") == "auto":

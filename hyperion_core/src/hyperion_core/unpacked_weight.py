@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +23,7 @@ def unpacked_weight(weight: Tensor) -> Tensor:
 
 @cache
 def _read_only() -> type[Tensor]:
-    import torch
+    torch: Any = sys.modules["torch"]  # whose tensor it is: the core itself asks for none
 
     class UnpackedWeight(torch.Tensor):
         __torch_function__ = torch._C._disabled_torch_function_impl
@@ -39,4 +40,4 @@ def _read_only() -> type[Tensor]:
                 fix="merge an adapter into a quantized base with `hyperion merge`, not with PEFT's merge_and_unload",
             )
 
-    return UnpackedWeight
+    return cast("type[Tensor]", UnpackedWeight)

@@ -104,7 +104,7 @@ def test_it_computes_in_the_type_of_its_input(dtype: torch.dtype) -> None:
     """As a linear module with that weight does, under autocast too."""
     module = packed(normal(16, 64), 3, 32, TorchaoConfig()).to(dtype)
     plain = nn.Linear(64, 16)
-    plain.weight.data, plain.bias.data = module.weight.to(dtype), module.bias.data.clone()
+    plain.weight.data, plain.bias.data = module.unpacked().to(dtype), module.bias.data.clone()
     x = normal(2, 5, 64, seed=1).to(dtype)
     for autocast in (False, True):
         found = []

@@ -55,7 +55,7 @@ def merge(tuned: TunedModel, artifact: Artifact, *, into: Target, progress: Prog
     Raises:
         CompatibilityError: the adapter cannot be merged, its quantizer cannot dequantize or quantize again, or a weight
             is too large for float16.
-        ArtifactError: the merged weights are no numbers.
+        ArtifactError: the merged weights are no numbers, or not what the adapter does.
     """
     refuse_unmergeable(tuned, artifact, into)
     base = _Base.of(tuned, artifact)
@@ -178,6 +178,11 @@ class _Base:
         weight: Tensor = module.weight.detach().float()
         return weight.T if _is_transposed(module) else weight
 
+    def is_linear(self, name: str) -> bool:
+        """It takes vectors, as an embedding does not."""
+        module = self.modules[name]
+        return name in self.quantized or hasattr(module, "in_features") or _is_transposed(module)
+
     def bias(self, name: str) -> Tensor | None:
         bias = getattr(self.modules[name], "bias", None)
         return None if bias is None else bias.detach().float()
@@ -189,6 +194,8 @@ Merged = Iterator[tuple[str, "Tensor", "Tensor | None"]]
 def _merged(tuned: TunedModel, base: _Base, attached: Module, progress: Progress | None) -> Merged:
     """(module, weight, bias) of what is quantized or may be changed: float32, (out, in)."""
     import torch
+
+    from .merged_module import refuse_other_change
 
     adapter = tuned.hooks.adapter(tuned.adapter)
     wanted = [name for name in base.modules if name in base.touched or name in base.quantized]
@@ -212,6 +219,9 @@ def _merged(tuned: TunedModel, base: _Base, attached: Module, progress: Progress
                     why="the adapter holds inf or nan: its training diverged",
                     fix="train again with a lower learning rate",
                 )
+            if name in base.touched and base.is_linear(name):
+                now = base.model.get_submodule(name)  # with the adapter in it, or over it
+                refuse_other_change(name, now, base.model.dtype, (used, base.bias(name)), (weight, bias))
             yield name, weight, bias
             advance(1)
 

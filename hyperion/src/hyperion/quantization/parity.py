@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperion_core.context import NoProgress, Progress
 from hyperion_core.errors import ArtifactError, DataError, HyperionError, ModelError
+from hyperion_core.facts import QuantInfo
 
 from .parity_texts import DEFAULT_TEXTS as DEFAULT_TEXTS
 from .parity_texts import TOKENIZER_TEXTS
@@ -110,7 +111,7 @@ def loosest(*tolerances: ParityTolerance) -> ParityTolerance:
 FORMAT_TOLERANCE: Mapping[str, ParityTolerance] = {
     "float32": ParityTolerance(mean_kl=1e-5, top1=0.995, share=0.01, noise=1e-7),
     "float16": ParityTolerance(mean_kl=5e-4, top1=0.98, share=0.1, noise=1e-4),
-    "bfloat16": ParityTolerance(mean_kl=6e-3, top1=0.94, share=0.5, noise=4e-3),
+    "bfloat16": ParityTolerance(mean_kl=6e-3, top1=0.94, share=0.5, noise=5e-4),
 }
 # Rounding to the nearest, in groups of 64, makes 0.0024, 0.67 and 2.6 nats in 8, 4 and 3 bits on a model of 10^8
 # parameters; methods that look at data make less, and so do larger models.
@@ -126,6 +127,12 @@ _QUANTIZED = (
 def quantized_tolerance(bits: float) -> ParityTolerance:
     """For weights rounded to `bits` on average: beyond it, hardly anything is left of what the model could do."""
     return next(tolerance for least, tolerance in _QUANTIZED if bits >= least)
+
+
+def mean_bits(modules: Mapping[str, QuantInfo]) -> float:
+    """Over the quantized weights; how many there are in a module follows from its bytes."""
+    weights = sum(info.nbytes / info.bits for info in modules.values())
+    return sum(info.nbytes for info in modules.values()) / weights if weights else 16.0
 
 
 @dataclass(frozen=True)
