@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -144,3 +146,21 @@ def test_a_width_that_saves_nothing_is_not_offered() -> None:
     assert set(found["model.layers.0.mlp.down_proj"]) == {16} and set(found["model.layers.0.mlp.up_proj"]) == {2, 4, 16}
     least = budget_of(config(target_bits=2), found, 0)
     assert least == found["model.layers.0.mlp.down_proj"][16] + found["model.layers.0.mlp.up_proj"][2]
+
+
+def test_nothing_that_the_solver_prints_gets_into_standard_output() -> None:
+    """It would break what `--json` prints. HiGHS prints, for some problems, from C."""
+    script = """
+import ctypes, scipy.optimize
+from hyperion.quantization.allocation import allocate
+from hyperion.quantization.sensitivity import Sensitivity
+solve, libc = scipy.optimize.milp, ctypes.CDLL(None)
+def milp(*args, **named):
+    libc.puts(b"a line of the solver")
+    return solve(*args, **named)
+scipy.optimize.milp = milp
+sizes = {name: {2: 2, 3: 3, 16: 16} for name in "abc"}
+print(len(allocate(Sensitivity({name: {2: 5.0, 3: 1.0, 16: 0.0} for name in "abc"}, 1), sizes, 24)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n" and "a line of the solver" in done.stderr

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Collection, Mapping
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from hyperion_core.config import QuantizationConfig
 from hyperion_core.errors import CompatibilityError
@@ -160,19 +164,36 @@ def _solved(
     cost = np.array([loss[name][bits] for name, bits in chosen])
     row, column = [rows[name] for name, _ in chosen], range(len(chosen))
     one_each = csr_array((np.ones(len(chosen)), (row, column)), shape=(len(rows), len(chosen)))
-    answer = milp(
-        cost * (_RESOLUTION / bound),
-        integrality=np.ones(len(chosen)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array(size[None]), -np.inf, budget // unit),
-        ],
-        options={"mip_rel_gap": 0},
-    )
+    with _output_of_c_to_error():
+        answer = milp(
+            cost * (_RESOLUTION / bound),
+            integrality=np.ones(len(chosen)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(csr_array(size[None]), -np.inf, budget // unit),
+            ],
+            options={"mip_rel_gap": 0},
+        )
     if answer.x is None:
         raise RuntimeError(f"HiGHS found no plan, although there is one: {answer.message}")
     return {name: bits for (name, bits), taken in zip(chosen, answer.x, strict=True) if taken > 0.5}
+
+
+@contextmanager
+def _output_of_c_to_error() -> Iterator[None]:
+    """HiGHS prints lines of its own whatever it is told, and standard output may be a JSON document."""
+    libc = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)  # what C still holds would else come out later, where it does not belong
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _greedy(
