@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: Files of a run's folder: the bits of each module, and the picture of them.
 BIT_PLAN = "bit_plan.json"
 HEAT_MAP = "bit_plan.png"
-#: Widths that bits: auto chooses from, of those that a quantizer has; 16 is there for all. With 5 and 6 it pays for them
-#: with more modules in 2 bits, whose losses together are more than their sum: torchao at 3 bits went from 18.7 to 21.9.
+#: Widths that bits: auto chooses from, of those that a quantizer has; 16 is there for all. 5 and 6 bits were paid for
+#: with more modules in 2, whose losses together are more than their sum: perplexity at 3 bits went from 18.7 to 21.9.
 CANDIDATES = frozenset({2, 3, 4, 8})
 
 
