@@ -116,7 +116,10 @@ def test_it_computes_in_the_type_of_its_input(dtype: torch.dtype) -> None:
             found.append((y, given.grad))
         for ours, theirs in zip(*found, strict=True):
             assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(ours, theirs)
+            # In bfloat16 the order of a processor's sums shows, and where it rounds before it adds the bias.
+            coarse = autocast or dtype == torch.bfloat16
+            near = 2**-6 if coarse else 1e-6
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=near * float(theirs.abs().max()))
 
 
 def test_gpt2s_layers_are_quantized_too() -> None:
