@@ -19,6 +19,7 @@ from hyperion_core.errors import ConfigError, HyperionError
 from hyperion.comparison import runner
 from hyperion.comparison.grid import make_grid, row_config
 from hyperion.comparison.runner import compare
+from hyperion.comparison.table import notes
 
 ROWS = [{"prompt": f"{n} plus {n} is", "completion": f" {n + n}"} for n in range(24)]
 # In place of a row's process. `behaviour.json` beside the config says what each row does.
@@ -39,7 +40,9 @@ if does == "waits":
     sys.exit(130)
 if does == "failed": result = {"state": "failed", "error": "out of luck"}
 else: result = {"state": "done", "base_bytes": 10**6, "perplexity_before": 9.0, "perplexity_after": 4.0,
-    "tokens_per_second": 100.0, "peak_memory": 10**7, "seconds": 2.0, "evaluation_data": does}
+    "tokens_per_second": 100.0, "peak_memory": 10**7, "seconds": 2.0, "evaluation_data": "tokens",
+    "base": "weights", "data": "rows", "versions": {"torch": "2"}}
+if does[0] == "{": result |= json.loads(does)
 (folder / "result.json").write_text(json.dumps(result))
 """
 GRID = {"quantization.method": ["rtn"], "quantization.bits": [4, 3, 2]}
@@ -172,10 +175,43 @@ def test_a_folder_belongs_to_one_grid(folder: Path, behave: Any) -> None:
         compare(folder / "config.json", GRID, output_dir=folder)
 
 
-def test_rows_that_were_evaluated_on_other_data_are_told(folder: Path, behave: Any) -> None:
-    behave(_1_rtn_4="one", _2_rtn_3="other", _3_rtn_2="one")
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"evaluation_data": "other"}, "not evaluated on the same tokens"),
+        ({"base": "other"}, "one row and another the base model changed"),
+        ({"data": "other"}, "one row and another the data changed"),
+        ({"versions": {"torch": "3", "peft": "1"}}, "one row and another the code of torch changed"),
+        ({"versions": {"torch": "2", "bitsandbytes": "1"}}, ""),
+    ],
+)
+def test_rows_that_do_not_compare_are_told(figures: dict[str, Any], says: str, folder: Path, behave: Any) -> None:
+    behave(_2_rtn_3=json.dumps(figures))
     compare(folder / "config.json", GRID, output_dir=folder / "out")
-    assert "not evaluated on the same tokens" in (folder / "out/compare.md").read_text()
+    text = (folder / "out/compare.md").read_text()
+    assert says in text if says else "Careful" not in text
+
+
+def test_a_varied_base_model_is_no_surprise(folder: Path, behave: Any) -> None:
+    grid = make_grid(
+        folder / "config.json", {"base_model": [json.loads((folder / "config.json").read_text())["base_model"]]}
+    )
+    rows = {name: {"state": "done", "base": name} for name in ("one", "other")}
+    assert not any("Careful" in note for note in notes(grid, rows))
+
+
+def test_a_row_that_was_killed_before_its_manifest_starts_again(folder: Path, tiny_model: Path) -> None:
+    """Without checkpoints there is nothing to go on from, and its folder is not empty."""
+    write_config(folder, tiny_model, save_strategy="no")
+    grid = {"quantization.method": [None]}
+    first = compare(folder / "config.json", grid, output_dir=folder / "out")
+    assert first.results["1-none"]["state"] == "done", first.results
+    for name in ("result.json", "run/hyperion.json"):
+        (folder / "out/1-none" / name).unlink()
+    again = compare(folder / "config.json", grid, output_dir=folder / "out")
+    assert again.results["1-none"]["state"] == "done", again.results
+    for figure in ("base", "data", "versions", "evaluation_data", "perplexity_before"):
+        assert again.results["1-none"][figure] == first.results["1-none"][figure] is not None, figure
 
 
 def heeding_ctrl_c() -> None:

@@ -94,7 +94,7 @@ def _show(done: Comparison, *, as_json: bool) -> None:
         table.add_row(*map(Text, map(printable, line[:-1])), Text(printable(line[-1]), style=colour))
     console = out()
     console.print(table)
-    for note in notes(done.results):
+    for note in notes(done.grid, done.results):
         console.print(Text(note, style="dim"))
     saved = [name for name in (MARKDOWN, JSON, PLOT) if (done.folder / name).is_file()]
     console.print(Text(f"saved: {', '.join(saved)} in {done.folder}", style="green"))

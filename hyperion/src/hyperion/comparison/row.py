@@ -10,10 +10,12 @@ A row's folder:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -27,7 +29,9 @@ from hyperion_core.registry import registry
 from hyperion_core.secrets import RedactedStream
 
 from .. import __version__
+from ..lock import LOCK
 from ..monitoring.metrics import MetricsFile
+from ..output import DATA
 from .grid import Values, one_line, row_config
 from .measured import BaseSize, read_measured, timed
 
@@ -93,8 +97,18 @@ def figures(folder: Path) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "peak_memory": measured.get("peak_memory"),
         "seconds": measured.get("seconds"),
-        "evaluation_data": read_json(run / "data.json").get("evaluation"),
-        "versions": dict(artifact.versions),
+        "evaluation_data": read_json(run / DATA).get("evaluation"),
+        **_stood_on(run),
+    }
+
+
+def _stood_on(run: Path) -> dict[str, Any]:
+    """What has to be the same in two rows that are compared, as the run's lock names it."""
+    (locked,) = read_json(run / LOCK)["runs"].values()
+    return {
+        "base": hashlib.sha256(json.dumps(locked["model"], sort_keys=True).encode()).hexdigest(),
+        "data": locked["data"].get("fingerprint"),
+        "versions": {**locked["plugins"], **locked["libraries"]},
     }
 
 
@@ -105,8 +119,11 @@ def _train(config_file: str | Path, values: Values, folder: Path) -> None:
     registry().add(BaseSize, _OBSERVER, distribution="hyperion-ft", version=__version__)
     config = row_config(config_file, values)
     config = config.replace(plugins=[*config.plugins, _OBSERVER])
+    checkpoint = latest_checkpoint(folder / RUN)
+    if checkpoint is None:  # it was killed before its first one, or after the last step of a run that keeps none
+        shutil.rmtree(folder / RUN, ignore_errors=True)
     with timed(folder):
-        run(config, output_dir=folder / RUN, resume=latest_checkpoint(folder / RUN) is not None)
+        run(config, output_dir=folder / RUN, resume=checkpoint is not None)
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -134,9 +134,9 @@ def _claimed(folder: Path, grid: Grid) -> Iterator[Path]:
                 write_json(folder / IDENTITY, identity)
             yield folder
         finally:
-            lock.release()
-            with suppress(OSError):
+            with suppress(OSError):  # while it is held: released first, it could be another comparison's by now
                 (folder / _IN_USE).unlink(missing_ok=True)
+            lock.release()
     except OSError as error:
         raise TrainingError(
             f"the comparison cannot be written into {folder}",

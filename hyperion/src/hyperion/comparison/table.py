@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,46 @@ def cells(grid: Grid, results: Results) -> list[list[str]]:
     return lines
 
 
-def notes(results: Results) -> list[str]:
+def notes(grid: Grid, results: Results) -> list[str]:
     """What a reader of the table has to know."""
     found = [
         "Perplexity is of the supervised tokens of the evaluation data, before the first step and after training. "
         "Base MB (10^6 bytes) is what the base takes in memory, without its adapter; peak MB is of the row's process, "
         "or of the GPU where there is one. Seconds and peak count quantizing too, where it was not in the cache."
     ]
-    data = {result["evaluation_data"] for result in results.values() if result.get("evaluation_data")}
-    if len(data) > 1:
+    done = [result for result in results.values() if result["state"] == "done"]
+    if _differ(done, "evaluation_data"):
         found.append(
             "Careful: the rows were not evaluated on the same tokens, so that their perplexities do not compare."
         )
+    changed = [
+        *(["the base model"] if _differ(done, "base") and not _varies(grid, "base_model", "revision") else []),
+        *(["the data"] if _differ(done, "data") and not _varies(grid, "dataset") else []),
+        *(f"the code of {name}" for name in _other_versions(done)),
+    ]
+    if changed:
+        found.append(
+            f"Careful: between one row and another {', '.join(changed)} changed. To compare like with like, run the "
+            "grid again into a new folder."
+        )
     return found
+
+
+def _differ(done: Sequence[Mapping[str, Any]], figure: str) -> bool:
+    return len({result[figure] for result in done if result.get(figure)}) > 1
+
+
+def _varies(grid: Grid, *sections: str) -> bool:
+    return any(key.partition(".")[0] in sections for key in grid.keys)
+
+
+def _other_versions(done: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of what several rows ran with; a row's own quantizer is no other row's business."""
+    seen: dict[str, set[str]] = {}
+    for result in done:
+        for name, version in result.get("versions", {}).items():
+            seen.setdefault(name, set()).add(version)
+    return sorted(name for name, versions in seen.items() if len(versions) > 1)
 
 
 def write_results(folder: Path, grid: Grid, results: Results) -> None:
@@ -71,7 +98,7 @@ def write_results(folder: Path, grid: Grid, results: Results) -> None:
         "config": dict(grid.config),
         "vary": {key: list(values) for key, values in grid.vary.items()},
         "rows": [{"name": row.name, "values": dict(row.values), **results[row.name]} for row in grid.rows],
-        "notes": notes(results),
+        "notes": notes(grid, results),
     }
     write_json(folder / JSON, content)
     _write(folder / MARKDOWN, redacted(markdown(grid, results)))
@@ -88,7 +115,7 @@ def markdown(grid: Grid, results: Results) -> str:
     picture = (
         ["", "![Quality against bytes](compare.png)"] if any(r["state"] == "done" for r in results.values()) else []
     )
-    return "\n".join([*table, "", *notes(results), *picture, ""])
+    return "\n".join([*table, "", *notes(grid, results), *picture, ""])
 
 
 def _write(path: Path, text: str) -> None:

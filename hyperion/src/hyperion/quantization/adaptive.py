@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyperion_core.artifact import sha256
+from hyperion_core.artifact import sha256, write_json
 from hyperion_core.config import QuantizationConfig
 from hyperion_core.context import RunContext
 from hyperion_core.errors import CompatibilityError, DataError, ModelError
@@ -39,6 +37,7 @@ from .bit_plan_file import write_bit_plan
 from .calibration import rows_hash
 from .heat_map import draw_heat_map
 from .planning import BIT_PLAN, CANDIDATES, HEAT_MAP
+from .prepared import empty_partial
 from .sensitivity import Sensitivity, measure_sensitivity
 
 if TYPE_CHECKING:
@@ -128,13 +127,7 @@ def _sensitivity(
     found = measure_sensitivity(
         model, quantizer, config, sizes, group, rows, ctx.progress, looks_at_data=looks, seed=ctx.seed
     )
-    handle, partial = tempfile.mkstemp(prefix=f"{kept.name}.partial-", dir=kept.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(found.to_json(), file)
-        Path(partial).replace(kept)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    write_json(kept, found.to_json())
     return Sensitivity.from_json(found.to_json())  # as a run that finds it in the cache reads it
 
 
@@ -146,7 +139,7 @@ def _write(
     group = config.group_size or 0
     pairs = {name: (width, group if width != UNQUANTIZED else 0) for name, width in bits.items()}
     taken = sum(sizes[name][width] for name, width in bits.items())
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    partial = empty_partial(target)
     try:
         write_bit_plan(
             partial / BIT_PLAN,

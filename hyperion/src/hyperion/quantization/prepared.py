@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,14 +57,14 @@ def prepared(
                 return target
             if calibration is None and calibration_hash is not None:
                 raise _gone(base, config, target)
-            partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+            partial = empty_partial(target)
             try:
                 made = hooks.quantizer_prepare(
                     source=base, config=config, bits=bits, calibration=calibration, folder=partial, ctx=ctx
                 )
-                if made is None or Path(made) != partial:
+                if made is None or not Path(made).resolve().is_relative_to(partial.resolve()):
                     return made or base
-                partial.rename(target)
+                Path(made).rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:
@@ -79,6 +78,16 @@ def prepared(
             fix="free some space, or set HYPERION_CACHE to a folder that can be written",
         ) from error
     return target
+
+
+def empty_partial(target: Path) -> Path:
+    """A new folder beside `target`, to be written and then renamed to it. Under the lock of `target`: what lies there
+    is of a process that was killed."""
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    return partial
 
 
 def _gone(base: Path, config: QuantizationConfig, target: Path) -> ModelError:
