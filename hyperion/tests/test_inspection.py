@@ -67,6 +67,37 @@ def test_a_plain_model_by_kind_of_module(tiny_model: Path) -> None:
     assert "14 linear: 32 bits (F32)" in text and "model.layers.1.mlp.down_proj" in text
 
 
+def test_buffers_and_fused_experts_are_not_taken_for_packed_weights(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    folder = tmp_path / "carries-buffers"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        attention = f"model.layers.{layer}.self_attn"
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)  # GPT-2's causal mask, as published
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, folder / "model.safetensors")
+    model = inspect_model(str(folder)).model
+    assert model is not None and model.parameters == 32096 and model.mean_bits == 32
+    kinds = {(kind.kind, kind.stored): (kind.count, kind.bits) for kind in summed(model.modules)}
+    assert kinds["linear", "F32"] == (14, 32) and kinds["buffer", "U8"] == (2, 8) and kinds["buffer", "F32"] == (4, 32)
+
+    experts = GptOssConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, head_dim=8,
+    )  # fmt: skip
+    GptOssForCausalLM(experts).save_pretrained(tmp_path / "experts")
+    model = inspect_model(str(tmp_path / "experts")).model
+    assert model is not None
+    fused = [kind for kind in summed(model.modules) if kind.kind == "experts"]
+    assert [(kind.count, kind.bits) for kind in fused] == [(4, 32)]
+    assert model.mean_bits == 32 and sum(module.nbytes for module in model.modules) == sum(model.dtypes.values())
+
+
 def test_packed_modules_have_the_bits_that_their_plugin_reads(fake_dist: Any, tiny_model: Path, tmp_path: Path) -> None:
     packed = pack(tiny_model, tmp_path / "packed", drop="model.layers.1.mlp.down_proj.weight")
     unread = inspect_model(str(packed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from hyperion_core.facts import BitPlan, ModelFacts, is_output_head
@@ -12,6 +12,9 @@ from hyperion_core.facts import BitPlan, ModelFacts, is_output_head
 from .tensors import StoredTensor
 
 _FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
+# What a module may hold beside its weights: masks and frequencies that some checkpoints carry along.
+_BUFFERS = frozenset({"bias", "masked_bias", "inv_freq", "position_ids"})
+_NEVER_PACKED = frozenset({*_FLOATS, "BOOL", "I64"})
 _EMBEDDINGS = ("embed", "wte", "wpe", "token_embd")
 
 
@@ -68,6 +71,9 @@ def modules_in_folder(tensors: Mapping[str, StoredTensor], facts: ModelFacts, pl
     found = []
     for owner, parts in owned.items():
         fact = known.get(owner)
+        if fact is None and not parts.keys() <= {"weight", "bias", ""} and not _has_packed(parts):
+            found += _tensors(owner, parts)
+            continue
         nbytes = sum(tensor.nbytes for tensor in parts.values())
         weight = parts.get("weight") or max(parts.values(), key=lambda tensor: tensor.nbytes)
         packed = weight.dtype not in _FLOATS or not parts.keys() <= {"weight", "bias", ""}
@@ -83,6 +89,18 @@ def modules_in_folder(tensors: Mapping[str, StoredTensor], facts: ModelFacts, pl
             about = 8 * held / math.prod(shape) if shape else None
             found.append(ModuleBits(owner, kind, shape, about, 0, weight.dtype, nbytes, exact=False))
     return found
+
+
+def _has_packed(parts: Mapping[str, StoredTensor]) -> bool:
+    return any(tensor.dtype not in _NEVER_PACKED for part, tensor in parts.items() if part not in _BUFFERS)
+
+
+def _tensors(owner: str, parts: Mapping[str, StoredTensor]) -> Iterator[ModuleBits]:
+    """Of a module that is none of the known kinds, one by one: fused experts, buffers."""
+    for part, tensor in parts.items():
+        kind = "experts" if "experts" in owner.split(".") else "buffer" if part in _BUFFERS else "other"
+        bits = 8 * tensor.nbytes / max(tensor.numbers, 1)
+        yield ModuleBits(f"{owner}.{part}", kind, tensor.shape, bits, 0, tensor.dtype, tensor.nbytes)
 
 
 def modules_in_gguf(tensors: Mapping[str, StoredTensor]) -> list[ModuleBits]:
