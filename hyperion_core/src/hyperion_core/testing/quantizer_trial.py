@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NEAR = 0.05  # how far an estimate may be from the truth
 UNQUANTIZED = 16
+GROUPS = (32, 64)  # one of them is none that the method would take by itself
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 Calibration = Iterable[Mapping[str, Any]]
@@ -62,6 +63,18 @@ class Trial:
     def narrow(self) -> BitPlan:
         """The fewest bits everywhere."""
         return BitPlan(self.widths[0], 0)
+
+    @property
+    def plans(self) -> list[BitPlan]:
+        """Every width in the method's own groups, and the fewest bits in groups of each size that it can do."""
+        grouped = [BitPlan(self.widths[0], group) for group in GROUPS]
+        return [*(BitPlan(bits, 0) for bits in self.widths), *(plan for plan in grouped if not self.problems(plan))]
+
+    @property
+    def mixed(self) -> BitPlan:
+        """Bits by module: the fewest, the most, and some left as they are."""
+        most, one = (self.widths[-1], 0), "model.layers.0.self_attn.q_proj"
+        return BitPlan(self.widths[0], 0, {one: (UNQUANTIZED, 0), "*.down_proj": most, "*.k_proj": (UNQUANTIZED, 0)})
 
     def config(self, plan: BitPlan) -> QuantizationConfig:
         """The suite's options with the plan's bits, and its group size where it has one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,17 +16,25 @@ from ..hooks import RunHooks
 from ..kinds import Quantizer
 from ..plan import Plan
 from .bits import digest, equal, saved_tensors
-from .low_rank_delta import LowRankDelta
 from .planning import planning
 from .plugins import PluginConformance
-from .quantizer_trial import NEAR, UNQUANTIZED, Calibration, Trial, logits, loss, skip_unless
+from .quantizer_trial import NEAR, UNQUANTIZED, Calibration, Trial, logits, skip_unless
+from .quantizer_weights import (
+    BIAS_NEAR,
+    COARSE,
+    assert_fake_is_real,
+    assert_requantized,
+    assert_trains,
+    assert_true_gradients,
+    assert_used,
+    offset,
+)
 from .refused import refused
 from .resident import resident_bytes, resident_tensors
-from .tiny import save_tiny_base
+from .tiny import save_biased_base
 
-STEPS = 5
 DEVICES = ("cpu", "cuda", "mps")
-FITTING, MISFIT = 64, 48  # group sizes: one divides the widths of the base, one does not
+MISFIT = 48  # a group size that does not divide the widths of the base
 
 
 class QuantizerConformance(PluginConformance):
@@ -50,8 +57,8 @@ class QuantizerConformance(PluginConformance):
     # --- what an author may replace ---
 
     def save_base(self, folder: Path) -> Path:
-        """Write the base that is quantized, in transformers' format: the same weights every time."""
-        return save_tiny_base(folder, hidden_size=128, intermediate_size=256)
+        """Write the base that is quantized, in transformers' format: the same weights every time, with biases."""
+        return save_biased_base(folder, hidden_size=128, intermediate_size=256)
 
     def calibration(self) -> Calibration:
         """Rows for a quantizer that declares `calibration`: 16 of 32 tokens."""
@@ -137,51 +144,39 @@ class QuantizerConformance(PluginConformance):
     # --- what is in memory ---
 
     def test_every_declared_width_works(self, trial: Trial) -> None:
-        """Each loads and answers with finite numbers; more bits are nearer to the base."""
+        """Each loads and answers with finite numbers, in bfloat16 too; more bits are nearer to the base."""
         errors = {}
         for bits in trial.widths:
-            model = trial.load(BitPlan(bits, 0))
-            assert logits(model).isfinite().all(), f"with {bits} bits the logits are not finite"
+            for dtype in ("bfloat16", "float32"):
+                model = trial.load(BitPlan(bits, 0), dtype=dtype)
+                assert logits(model).isfinite().all(), f"with {bits} bits in {dtype} the logits are not finite"
             errors[bits] = trial.distance_from_base(model)
         falls = all(errors[one] > errors[two] for one, two in zip(trial.widths, trial.widths[1:], strict=False))
         assert falls, f"more bits do not bring the model nearer to its base; its distance by bits: {errors}"
 
     def test_the_estimate_is_the_real_size(self, trial: Trial, tmp_path: Path) -> None:
-        """Within 5%, in memory and on disk, in whatever type the rest of the model is held."""
-        for bits, dtype in [*((bits, "float32") for bits in trial.widths), (trial.widths[-1], "bfloat16")]:
-            plan = BitPlan(bits, 0)
-            model = trial.load(plan, dtype=dtype)
-            written = trial.save(model, plan, tmp_path / f"saved-{bits}-{dtype}")
-            real = resident_bytes(model), sum(tensor.nbytes for path in written for tensor in saved_tensors(path))
-            for what, said, size in zip(("in memory", "on disk"), trial.estimate(plan, dtype), real, strict=True):
-                assert math.isclose(said, size, rel_tol=NEAR), (
-                    f"with {bits} bits over {dtype} quantizer_estimate says {said:,} bytes {what}, and it is {size:,}"
-                )
+        """Within 5% of the quantized modules, in memory and on disk, whatever the groups and the rest's type."""
+        widest = BitPlan(trial.widths[-1], 0)
+        for number, (plan, dtype) in enumerate([*((plan, "float32") for plan in trial.plans), (widest, "bfloat16")]):
+            self.assert_estimated(trial, plan, dtype, tmp_path / str(number))
 
     def test_the_modules_report_the_truth(self, trial: Trial) -> None:
         """`quantizer_modules` lists what the plan quantizes, and the tensors bear it out."""
-        for plan in [*(BitPlan(bits, 0) for bits in trial.widths), BitPlan(trial.widths[0], FITTING)]:
-            if plan.group_size == 0 or not trial.problems(plan):  # not every method has groups of any size
-                trial.assert_as_planned(trial.load(plan), plan)
+        for plan in trial.plans:
+            trial.assert_as_planned(trial.load(plan), plan)
 
-    def test_overrides_are_honoured(self, trial: Trial) -> None:
+    def test_overrides_are_honoured(self, trial: Trial, tmp_path: Path) -> None:
         """With `provides.per_module` a module has its own bits, and 16 leave it as it is; without, they are refused."""
-        one = "model.layers.0.self_attn.q_proj"
-        plan = BitPlan(trial.widths[0], 0, {one: (UNQUANTIZED, 0), "*.down_proj": (trial.widths[-1], 0)})
-        problems = trial.problems(plan)
+        problems = trial.problems(trial.mixed)
         if not trial.plugin.provides.per_module:
             assert problems, "provides.per_module is False, and quantizer_check lets bits of single modules pass"
             return
         assert not problems, f"provides.per_module is True, and bits of single modules are refused: {problems}"
-        model = trial.load(plan)
-        trial.assert_as_planned(model, plan)
-        said, real = trial.estimate(plan, "float32")[0], resident_bytes(model)
-        assert math.isclose(said, real, rel_tol=NEAR), (
-            f"quantizer_estimate overlooks bits of single modules: it says {said:,} bytes in memory, and it is {real:,}"
-        )
+        trial.assert_as_planned(trial.load(trial.mixed), trial.mixed)
+        self.assert_estimated(trial, trial.mixed, "float32", tmp_path / "mixed")
 
     def test_what_is_not_quantized_stays_as_it_is(self, trial: Trial) -> None:
-        """Embeddings, norms and the head are the base's, to the bit."""
+        """Embeddings, norms and the head are the base's, to the bit; a quantized module keeps its bias."""
         model = trial.load()
         quantized = tuple(f"{name}." for name in trial.infos(model))
         found = dict(model.named_parameters())
@@ -189,24 +184,17 @@ class QuantizerConformance(PluginConformance):
             if not name.startswith(quantized):
                 assert name in found, f"{name}, which is not quantized, is gone from the model"
                 assert equal(found[name].detach(), expected.detach()), f"{name}, which is not quantized, is changed"
+        for name in quantized:
+            far = (offset(model.get_submodule(name[:-1])) - offset(trial.base.get_submodule(name[:-1]))).abs().max()
+            assert far <= BIAS_NEAR, f"the bias of {name[:-1]} is lost or changed: its output is {far:.1e} apart"
 
     def test_dequantize_gives_what_forward_uses(self, trial: Trial) -> None:
         """For each quantized module: fp32, (out, in), and the very numbers that its inputs are multiplied with."""
         self.needs_dequantize(trial)
-        import torch
-
-        for bits in trial.widths:
-            model = trial.load(BitPlan(bits, 0))
-            for name in trial.infos(model):
-                module: Any = model.get_submodule(name)
-                weight = trial.weight(module, name)
-                with torch.no_grad():
-                    bias = 0 if getattr(module, "bias", None) is None else module.bias
-                    used = (module(torch.eye(module.in_features, device=weight.device)[None])[0] - bias).T
-                far = ((used - weight).abs().max() / weight.abs().max()).item()
-                assert far <= self.tolerance, (
-                    f"quantizer_dequantize of {name} ({bits} bits) is not what forward uses: {far:.1e} apart"
-                )
+        for plan in trial.plans:
+            assert_used(trial, trial.load(plan), f"{plan.bits} bits", self.tolerance)
+        narrow = trial.load(dtype="bfloat16")
+        assert_used(trial, narrow, f"{trial.narrow.bits} bits in bfloat16", max(self.tolerance, COARSE))
 
     def test_the_same_seed_gives_the_same_bits(self, trial: Trial, tmp_path: Path) -> None:
         """Whatever the state of the global generator, which is left alone."""
@@ -240,31 +228,36 @@ class QuantizerConformance(PluginConformance):
 
     def test_saved_and_reloaded_it_gives_the_same_logits(self, trial: Trial, tmp_path: Path) -> None:
         """From the saved files alone: the base that was quantized is gone, and so is what the run cached."""
-        model = trial.load()
-        expected, modules, size = logits(model), trial.infos(model), resident_bytes(model)
-        trial.save(model, trial.narrow, tmp_path / "saved")
+        plans = [trial.narrow, *([trial.mixed] if trial.plugin.provides.per_module else [])]
+        loaded = [trial.load(plan) for plan in plans]
+        before = [(logits(model), trial.infos(model), resident_bytes(model)) for model in loaded]
+        for number, (model, plan) in enumerate(zip(loaded, plans, strict=True)):
+            trial.save(model, plan, tmp_path / f"saved-{number}")
         trial.source.rename(tmp_path / "no-longer-there")
         shutil.rmtree(trial.ctx.cache, ignore_errors=True)
-        again = trial.load(source=tmp_path / "saved")
-        assert equal(logits(again), expected), "saved and loaded again, it gives other logits"
-        assert trial.infos(again) == modules, "saved and loaded again, quantizer_modules reports something else"
-        grown = resident_bytes(again)
-        assert grown <= size * (1 + NEAR), f"loaded again it takes {grown:,} bytes, and {size:,} before it was saved"
-        try:
-            trial.save(again, trial.narrow, tmp_path / "again")
-        except Exception as error:
-            pytest.fail(f"saved and loaded again, it cannot be saved: {type(error).__name__}: {error}")
-        twice = trial.load(source=tmp_path / "again")
-        assert equal(logits(twice), expected), "saved and loaded a second time, it gives other logits"
+        for number, (plan, (expected, modules, size)) in enumerate(zip(plans, before, strict=True)):
+            bits = "bits by module, " if plan.overrides else ""
+            again = trial.load(plan, source=tmp_path / f"saved-{number}")
+            assert equal(logits(again), expected), f"{bits}saved and loaded again, it gives other logits"
+            assert trial.infos(again) == modules, (
+                f"{bits}saved and loaded again, quantizer_modules reports something else"
+            )
+            grown = resident_bytes(again)
+            assert grown <= size * (1 + NEAR), (
+                f"{bits}loaded again it takes {grown:,} bytes, and {size:,} before it was saved"
+            )
+            try:
+                trial.save(again, plan, tmp_path / f"again-{number}")
+            except Exception as error:
+                pytest.fail(f"{bits}saved and loaded again, it cannot be saved: {type(error).__name__}: {error}")
+            twice = trial.load(plan, source=tmp_path / f"again-{number}")
+            assert equal(logits(twice), expected), f"{bits}saved and loaded a second time, it gives other logits"
 
     def test_what_it_saved_it_recognizes(self, trial: Trial, tmp_path: Path) -> None:
         """From config.json alone, and without torch: the bits of every module, and options that its config takes."""
         reads = trial.plugin.provides.reads
         skip_unless(bool(reads), "provides.reads is empty")
-        plans = [BitPlan(bits, 0) for bits in trial.widths]
-        plans += [plan for plan in (BitPlan(bits, FITTING) for bits in trial.widths) if not trial.problems(plan)]
-        if trial.plugin.provides.per_module:
-            plans.append(BitPlan(trial.widths[0], 0, {"*.down_proj": (trial.widths[-1], 0), "*.k_proj": (16, 0)}))
+        plans = [*trial.plans, *([trial.mixed] if trial.plugin.provides.per_module else [])]
         for index, plan in enumerate(plans):
             folder = tmp_path / str(index)
             trial.save(trial.load(plan), plan, folder)
@@ -295,50 +288,14 @@ class QuantizerConformance(PluginConformance):
     def test_training_on_top_leaves_the_base_alone(self, trial: Trial) -> None:
         """Five steps of a low-rank delta lower the loss; no tensor of the base trains or changes."""
         self.needs_trainable(trial)
-        import torch
-
         for bits in trial.widths:
-            model = trial.load(BitPlan(bits, 0))
-            training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-            assert not training, f"after quantizer_after_load(training=True) these of the base train: {training[:5]}"
-            before = {name: digest(tensor) for name, tensor in resident_tensors(model).items()}
-            delta = LowRankDelta(model, trial.infos(model))
-            optimizer = torch.optim.Adam(delta.parameters, lr=self.learning_rate)
-            first = loss(model.train()).item()
-            for _ in range(STEPS):
-                loss(model).backward()
-                idle = sum(parameter.grad is None for parameter in delta.parameters)
-                assert not idle, f"no gradient reaches {idle} of {len(delta.parameters)} tensors that train on top"
-                optimizer.step()
-                optimizer.zero_grad()
-            last = loss(model).item()
-            delta.remove()
-            after = {name: digest(tensor) for name, tensor in resident_tensors(model).items()}
-            changed = [name for name, held in before.items() if after.get(name) != held]
-            assert not changed, f"training on top changes these tensors of the base: {changed[:5]}"
-            assert last < first, (
-                f"over {bits} bits {STEPS} steps do not lower the loss: {first:.6f} before, {last:.6f} after"
-            )
+            assert_trains(trial.load(BitPlan(bits, 0)), trial, f"{bits} bits", self.learning_rate)
 
     def test_gradients_are_those_of_the_dequantized_weight(self, trial: Trial) -> None:
         """What trains below a quantized module learns from a true gradient."""
         self.needs_trainable(trial)
         self.needs_dequantize(trial)
-        import torch
-
-        model = trial.load()
-        for name in trial.infos(model):
-            module: Any = model.get_submodule(name)
-            weight = trial.weight(module, name)
-            generator = torch.Generator().manual_seed(0)
-            x, above = (torch.randn(2, 3, n, generator=generator).to(weight.device) for n in reversed(weight.shape))
-            x.requires_grad_(True)
-            y = module(x)
-            assert y.requires_grad, f"no gradient goes through {name}"
-            y.backward(above)
-            expected = above @ weight
-            far = ((x.grad - expected).abs().max() / expected.abs().max()).item()
-            assert far <= 10 * self.tolerance, f"the gradient through {name} is not that of its weight: {far:.1e} apart"
+        assert_true_gradients(trial.load(), trial, 10 * self.tolerance)
 
     # --- the weights themselves ---
 
@@ -365,56 +322,29 @@ class QuantizerConformance(PluginConformance):
     def test_fake_quantize_agrees_with_the_real_one(self, trial: Trial) -> None:
         """Same shape and type; and, where no calibration enters, the numbers that the quantized module holds."""
         skip_unless(hasattr(trial.plugin, "quantizer_fake_quantize"), "quantizer_fake_quantize is not implemented")
-        import torch
-
-        for bits in trial.widths:
-            plan = BitPlan(bits, 0)
-            model, fake = trial.load(plan), trial.hooks.quantizer_fake_quantize
-            for name in trial.infos(model):
-                weight = trial.original(name)
-                for given in (weight.to(torch.bfloat16), weight.clone()):
-                    kept = given.clone()
-                    back = fake(weight=given, config=trial.config(plan), bits=bits, group_size=0, stats=None)
-                    assert back.shape == given.shape and back.dtype == given.dtype, (
-                        f"quantizer_fake_quantize turns {tuple(given.shape)} {given.dtype} into "
-                        f"{tuple(back.shape)} {back.dtype}"
-                    )
-                    assert equal(given, kept), "quantizer_fake_quantize changes the weight that it is given"
-                if trial.plugin.provides.dequantize and not trial.plugin.provides.calibration:
-                    real = trial.weight(model.get_submodule(name), name)
-                    far = ((back - real).abs().max() / real.abs().max()).item()
-                    assert far <= self.tolerance, (
-                        f"quantizer_fake_quantize of {name} ({bits} bits) is not what quantizing gives: {far:.1e} apart"
-                    )
+        for plan in trial.plans:
+            assert_fake_is_real(trial.load(plan), trial, plan, self.tolerance)
 
     def test_requantize_holds_the_weight_that_it_is_given(self, trial: Trial) -> None:
-        """As nearly as the bits allow, in a module that works; the module before stays as it was."""
+        """As nearly as the bits allow, with groups and bias of the module before, which stays as it was."""
         skip_unless(hasattr(trial.plugin, "quantizer_requantize"), "quantizer_requantize is not implemented")
         self.needs_dequantize(trial)
-        import torch
+        for plan in trial.plans:
+            assert_requantized(trial.load(plan), trial, plan, self.tolerance)
 
-        for bits in trial.widths:
-            plan = BitPlan(bits, 0)
-            model = trial.load(plan)
-            name = next(iter(trial.infos(model)))
-            module = model.get_submodule(name)
-            weight = trial.weight(module, name)
-            once = (weight - trial.original(name)).norm().item()
-            for what, wanted in (("its own weight", weight), ("a changed weight", weight.flip(0))):
-                new: Any = trial.hooks.quantizer_requantize(
-                    module=module, weight=wanted.clone(), config=trial.config(plan), bits=bits
-                )
-                held = trial.weight(new, name)
-                far = (held - wanted).norm().item()
-                assert far <= once, (
-                    f"{what}, put back by quantizer_requantize in {bits} bits, is {far:.3g} off; "
-                    f"quantizing it the first time was {once:.3g}"
-                )
-                with torch.no_grad():
-                    used = new(torch.eye(new.in_features, device=weight.device)[None])[0].T
-                far = ((used - held).abs().max() / held.abs().max()).item()
-                assert far <= self.tolerance, f"the module of quantizer_requantize uses other numbers: {far:.1e} apart"
-            assert equal(trial.weight(module, name), weight), "quantizer_requantize changes the module that it is given"
+    # --- what several checks need ---
+
+    def assert_estimated(self, trial: Trial, plan: BitPlan, dtype: str, folder: Path) -> None:
+        model = trial.load(plan, dtype=dtype)
+        written = trial.save(model, plan, folder)
+        real = resident_bytes(model), sum(tensor.nbytes for path in written for tensor in saved_tensors(path))
+        groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+        bits = f"{plan.bits} bits{groups}" if not plan.overrides else f"{plan.bits} bits and others in some modules"
+        allowed = NEAR * sum(info.nbytes for info in trial.infos(model).values())
+        for what, said, size in zip(("in memory", "on disk"), trial.estimate(plan, dtype), real, strict=True):
+            assert abs(said - size) <= allowed, (
+                f"with {bits} over {dtype} quantizer_estimate says {said:,} bytes {what}, and it is {size:,}"
+            )
 
     def has_groups(self, trial: Trial) -> bool:
         return "group_size" in getattr(trial.plugin.config_class, "understood", ())
