@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 from hyperion_core.context import NoProgress
+from hyperion_core.facts import BitPlan
 
 from hyperion import FinetuneConfig, HyperionError, Trainer
 from hyperion.data import DatasetProcessor
 from hyperion.lock import gather
 from hyperion.models import load_tuned
+from hyperion.models.facts import model_facts
+from hyperion.models.source import resolve_source
 from hyperion.planning import make_plan
+from hyperion.quantization.bit_plan_file import write_bit_plan
 
 ROWS = [{"prompt": f"{n} plus {n} is", "completion": f" {n + n}"} for n in range(24)]
 # Quantizes offline, after a look at data: it writes down what it saw.
@@ -163,6 +167,17 @@ def test_bits_that_are_shared_out_train_again_from_their_file_and_reload(tiny_mo
         held = {n.removeprefix("base_model.model.").removesuffix(".base_layer"): m.bits  # type: ignore[attr-defined]
                 for n, m in model.named_modules() if type(m).__name__ == "PackedLinear"}  # fmt: skip
         assert held == {name: bits for name, bits in plan["modules"].items() if bits != 16}
+
+
+def test_bits_that_were_shared_out_for_another_method_are_taken_and_told(tiny_model: Path, tmp_path: Path) -> None:
+    facts = model_facts(resolve_source(str(tiny_model)))
+    checks = []
+    for method in ("gptq", "rtn"):
+        write_bit_plan(tmp_path / "plan.json", BitPlan(4, 16), facts=facts, method=method)
+        asked = config(tiny_model, {"method": "rtn", "bit_plan": str(tmp_path / "plan.json")})
+        checks.append([check for check in make_plan(asked, device="cpu").plan.checks if "plan.json" in check.what])
+    assert [(check.state, "shared out for gptq" in check.detail) for check in checks[0]] == [("note", True)]
+    assert not checks[1]
 
 
 # --- what is measured ---

@@ -26,7 +26,14 @@ from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
 from .planning_hooks import PlanningHooks
-from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost, with_checkpoint
+from .quantization.planning import (
+    PlannedBits,
+    described,
+    other_methods_plan,
+    planned_bits,
+    quantized_cost,
+    with_checkpoint,
+)
 from .secret_checks import secret_problems
 from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems, warmup_problems
 
@@ -336,6 +343,9 @@ def _checks(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> 
         if isinstance(plugin, Quantizer) and config.adapter.type not in plugin.trained_under:
             why = "their capabilities fit, but no test of the quantizer's runs the pair"
             found.append(Check(f"{config.adapter.type} on {name}", "untested", why))
+        if method := other_methods_plan(config.quantization, config.base_dir):
+            why = f"its bits were shared out for {method}, which does not round as {name} does"
+            found.append(Check(str(config.quantization.bit_plan), "note", why))
     if not facts.known:
         found.append(Check("adapter targets", "unknown", f"{facts.why_unknown}; they are checked when it is loaded"))
     if visible_gpus() > 1:

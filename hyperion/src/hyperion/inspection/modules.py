@@ -68,7 +68,7 @@ def modules_in_folder(tensors: Mapping[str, StoredTensor], facts: ModelFacts, pl
     for name, tensor in tensors.items():
         owner = _owner(name, known)
         owned[owner][name[len(owner) + 1 :]] = tensor
-    found = []
+    found: list[ModuleBits] = []
     for owner, parts in owned.items():
         fact = known.get(owner)
         if fact is None and not parts.keys() <= {"weight", "bias", ""} and not _has_packed(parts):

@@ -79,6 +79,15 @@ def read_bit_plan(path: Path, facts: ModelFacts | None) -> BitPlan:
     )
 
 
+def made_for(path: Path) -> str:
+    """The method that the bits in a file were shared out for, "" where it does not say.
+
+    Raises:
+        ConfigError: it cannot be read, or is no bit plan.
+    """
+    return str(_content(path).get("method") or "")
+
+
 def _content(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:

@@ -158,11 +158,25 @@ def described(config: QuantizationConfig, bits: PlannedBits) -> str:
     return f"{what}; {config.method}, because {config.why_chosen}" if config.why_chosen else what
 
 
+def other_methods_plan(config: QuantizationConfig, base_dir: Path | None) -> str:
+    """The method that the config's file of bits was made for, where that is another one; else ""."""
+    if config.bit_plan is None:
+        return ""
+    from .bit_plan_file import made_for
+
+    method = made_for(_bit_plan_path(config.bit_plan, base_dir))
+    return "" if method == config.method else method
+
+
+def _bit_plan_path(given: str, base_dir: Path | None) -> Path:
+    return (base_dir or Path()) / Path(given).expanduser()
+
+
 def _bits(config: QuantizationConfig, widths: frozenset[int], facts: ModelFacts, base_dir: Path | None) -> PlannedBits:
     if config.bit_plan is not None:
         from .bit_plan_file import read_bit_plan
 
-        plan = read_bit_plan((base_dir or Path()) / Path(config.bit_plan).expanduser(), facts if facts.known else None)
+        plan = read_bit_plan(_bit_plan_path(config.bit_plan, base_dir), facts if facts.known else None)
     elif config.bits == "auto":
         return PlannedBits(None, BitPlan(_nearest(config, widths), shared_group(config, facts)))
     else:
