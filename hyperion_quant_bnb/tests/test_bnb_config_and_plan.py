@@ -36,8 +36,8 @@ def test_options_that_ask_for_nothing_stand_beside_8_bits() -> None:
     assert BnbConfig.parse(config.model_dump()) == config
 
 
-def problems(plan: BitPlan, **options: Any) -> str:
-    found = BnbQuantizer().quantizer_check(BnbConfig(**options), FACTS, plan, "cpu")
+def problems(plan: BitPlan, facts: ModelFacts = FACTS, **options: Any) -> str:
+    found = BnbQuantizer().quantizer_check(BnbConfig(**options), facts, plan, "cpu")
     return "\n".join(map(str, found))
 
 
@@ -46,6 +46,16 @@ def test_names_that_no_module_has_are_refused() -> None:
     assert 'did you mean "q_proj"' in problems(BitPlan(4, 0), skip_modules=["q_porj"])
     assert '"lm_head" is not quantized anyway' in problems(BitPlan(4, 0), skip_modules=["lm_head"])
     assert "nothing would be quantized" in problems(BitPlan(4, 0), skip_modules=["q_proj", "up"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_module_that_is_used_without_being_called_must_be_left_out(bits: int) -> None:
+    names = [f"backbone.layers.0.mixer.{name}" for name in ("in_proj", "dt_proj")]
+    mamba = ModelFacts("some/mamba", modules=tuple(ModuleFact(name, "linear", (576, 576)) for name in names))
+    found = problems(BitPlan(bits, 0), mamba)
+    assert f"dt_proj cannot be held in {bits} bits" in found and 'skip_modules: ["dt_proj"]' in found
+    assert not problems(BitPlan(bits, 0), mamba, skip_modules=["dt_proj"])
+    assert not problems(BitPlan(bits, 0, {"*.dt_proj": (16, 0)}), mamba)
 
 
 def test_a_plan_may_leave_modules_out_but_not_mix_4_and_8_bits() -> None:

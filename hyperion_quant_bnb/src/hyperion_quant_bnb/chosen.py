@@ -12,6 +12,7 @@ from .config import BLOCK_SIZES, DEFAULT_BLOCK, BnbConfig, block_size_problem, e
 
 UNQUANTIZED = 16
 WIDTHS = frozenset({4, 8})
+WITHOUT_ITS_MODULE = "dt_proj"  # transformers: modeling_mamba, modeling_falcon_mamba, modeling_jamba
 
 
 def chosen_modules(model: ModelFacts, config: BnbConfig, bits: BitPlan) -> dict[str, tuple[int, int]]:
@@ -50,7 +51,7 @@ def plan_problems(config: BnbConfig, bits: BitPlan) -> list[Problem]:
 
 
 def skip_problems(config: BnbConfig, model: ModelFacts, bits: BitPlan) -> list[Problem]:
-    """Names that no module has, and plans that leave nothing to quantize."""
+    """Names that no module has, plans that leave nothing to quantize, and modules that must be left out."""
     if not model.known:
         return []
     linear = {module.name for module in model.linear()}
@@ -71,6 +72,15 @@ def skip_problems(config: BnbConfig, model: ModelFacts, bits: BitPlan) -> list[P
     if not found and widths(bits) and not chosen_modules(model, config, bits):
         why = "skip_modules, or 16 bits, leave out every linear module"
         found.append(Problem("", "nothing would be quantized", why, "leave out quantization, or skip fewer"))
+    if any(name.endswith(f".{WITHOUT_ITS_MODULE}") for name in chosen_modules(model, config, bits)):
+        found.append(
+            Problem(
+                "skip_modules",
+                f"{WITHOUT_ITS_MODULE} cannot be held in {listed(widths(bits))} bits",
+                "transformers' Mamba multiplies with its weight itself, and finds packed numbers there",
+                f'skip it: skip_modules: ["{WITHOUT_ITS_MODULE}"]',
+            )
+        )
     return found
 
 
