@@ -129,4 +129,4 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _megabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:,.1f}"
+    return "-" if value is None else format(value / 1e6, ",.1f" if value >= 1e7 else ".3g")
