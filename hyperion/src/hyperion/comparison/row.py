@@ -104,7 +104,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 def _stood_on(run: Path) -> dict[str, Any]:
     """What has to be the same in two rows that are compared, as the run's lock names it."""
-    (locked,) = read_json(run / LOCK)["runs"].values()
+    locked = next(iter(read_json(run / LOCK)["runs"].values()))  # two, where the config was renamed on the way
     return {
         "base": hashlib.sha256(json.dumps(locked["model"], sort_keys=True).encode()).hexdigest(),
         "data": locked["data"].get("fingerprint"),
