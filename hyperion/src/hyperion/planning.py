@@ -294,7 +294,7 @@ def _memory(
     quantizer: Cost | None = None
     if config.quantization is not None and bits is not None:
         quantizer = quantized_cost(config.quantization, hooks, facts, bits, dtype)
-    return forecast(facts, adapter, quantizer, work), adapter.memory.get("adapter", 0) // 4
+    return forecast(facts, adapter, quantizer, work, training.optim), adapter.memory.get("adapter", 0) // 4
 
 
 def _settings(
