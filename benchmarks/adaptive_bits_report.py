@@ -26,9 +26,9 @@ def write_report(results: Path) -> None:
         "weights, scales counted; adaptive is held to what uniform takes. Perplexity is of the held-out answers alone "
         "(the system prompt is the same in every chat), divergence that of the predictions there from the unquantized "
         "model's (KL, nats a token): mean of the calibration seeds, and least to most. The last column is in nats a "
-        "token, with the standard error over answers. Bits are shared out by the divergence to be expected; the loss on "
-        "text that is not the model's own moves with rounding in both directions besides, and where divergence is small "
-        "that can hide the difference.", "",
+        "token, with the standard error over answers. Bits are shared out by the divergence to be expected; the loss "
+        "on text that is not the model's own moves with rounding in both directions besides, and where divergence is "
+        "small that can hide the difference.", "",
         *([f"**{len(arms)} of {content['of']} arms are measured so far.**", ""] if len(arms) < content["of"] else []),
         *_post_training(arms, results.with_suffix(".png").name), *_nearest(arms), *_trained(arms), *_ranks(arms),
     ]  # fmt: skip
