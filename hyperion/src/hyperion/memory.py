@@ -7,8 +7,6 @@ from hyperion_core.facts import Cost, ModelFacts, Workload
 from .engine.chunk import LOGITS_CHUNK
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
 # Numbers that an optimizer keeps for each one it trains, by what transformers' name of it begins with; AdamW's two
 # where it is none of these.
 _STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}

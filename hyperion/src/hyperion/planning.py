@@ -26,14 +26,7 @@ from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
 from .planning_hooks import PlanningHooks
-from .quantization.planning import (
-    PlannedBits,
-    described,
-    other_methods_plan,
-    planned_bits,
-    quantized_cost,
-    with_checkpoint,
-)
+from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost, with_checkpoint
 from .secret_checks import secret_problems
 from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems, warmup_problems
 
@@ -118,7 +111,7 @@ def make_plan(
         device=device,
         dtype=dtype,
         settings=_settings(config, facts, targets, rows, bits),
-        checks=tuple(_checks(config, asked, facts)),
+        checks=tuple(_checks(config, asked, facts, bits)),
         steps=steps,
         why_no_steps=why_no_steps,
         memory=memory,
@@ -335,7 +328,7 @@ def _data_line(config: FinetuneConfig, rows: Rows) -> str:
     return f"{name} ({rows.train} rows" + (f" + {rows.evaluation} to evaluate on)" if rows.evaluation else ")")
 
 
-def _checks(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> list[Check]:
+def _checks(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, bits: PlannedBits | None) -> list[Check]:
     found = []
     if config.quantization is not None:
         name = quantizer_name(config)
@@ -343,8 +336,8 @@ def _checks(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> 
         if isinstance(plugin, Quantizer) and config.adapter.type not in plugin.trained_under:
             why = "their capabilities fit, but no test of the quantizer's runs the pair"
             found.append(Check(f"{config.adapter.type} on {name}", "untested", why))
-        if method := other_methods_plan(config.quantization, config.base_dir):
-            why = f"its bits were shared out for {method}, which does not round as {name} does"
+        if bits is not None and bits.made_for not in ("", name):
+            why = f"its bits were shared out for {bits.made_for}, which does not round as {name} does"
             found.append(Check(str(config.quantization.bit_plan), "note", why))
     if not facts.known:
         found.append(Check("adapter targets", "unknown", f"{facts.why_unknown}; they are checked when it is loaded"))

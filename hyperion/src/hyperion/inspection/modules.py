@@ -71,12 +71,13 @@ def modules_in_folder(tensors: Mapping[str, StoredTensor], facts: ModelFacts, pl
     found: list[ModuleBits] = []
     for owner, parts in owned.items():
         fact = known.get(owner)
-        if fact is None and not parts.keys() <= {"weight", "bias", ""} and not _has_packed(parts):
+        plain = parts.keys() <= {"weight", "bias", ""}
+        if fact is None and not plain and not _has_packed(parts):
             found += _tensors(owner, parts)
             continue
         nbytes = sum(tensor.nbytes for tensor in parts.values())
         weight = parts.get("weight") or max(parts.values(), key=lambda tensor: tensor.nbytes)
-        packed = weight.dtype not in _FLOATS or not parts.keys() <= {"weight", "bias", ""}
+        packed = weight.dtype not in _FLOATS or not plain
         shape = fact.shape if fact else () if packed else weight.shape
         kind = _kind(owner, shape, fact.kind if fact else "linear" if packed else "")
         if not packed:

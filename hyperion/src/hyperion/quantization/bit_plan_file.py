@@ -69,23 +69,18 @@ def read_bit_plan(path: Path, facts: ModelFacts | None) -> BitPlan:
         ConfigError: it cannot be read, or is no bit plan.
         CompatibilityError: it is of a model of another architecture, or of other modules.
     """
+    return read_with_method(path, facts)[0]
+
+
+def read_with_method(path: Path, facts: ModelFacts | None) -> tuple[BitPlan, str]:
+    """As `read_bit_plan`, and the method that the bits were shared out for, "" where the file does not say."""
     content = _content(path)
     bits = {name: content["modules"][name] for name in sorted(content["modules"], key=_natural)}
     if facts is not None:
         _check_model(path, content["model_type"], bits, facts)
     group = content["group_size"]
-    return BitPlan(
-        _UNQUANTIZED, 0, {name: (width, 0 if width == _UNQUANTIZED else group) for name, width in bits.items()}
-    )
-
-
-def made_for(path: Path) -> str:
-    """The method that the bits in a file were shared out for, "" where it does not say.
-
-    Raises:
-        ConfigError: it cannot be read, or is no bit plan.
-    """
-    return str(_content(path).get("method") or "")
+    pairs = {name: (width, 0 if width == _UNQUANTIZED else group) for name, width in bits.items()}
+    return BitPlan(_UNQUANTIZED, 0, pairs), str(content.get("method") or "")
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -35,10 +35,11 @@ CANDIDATES = frozenset({2, 3, 4, 8})
 @dataclass(frozen=True)
 class PlannedBits:
     """`known` are the bits of the run; None where they are shared out once the weights have been measured, and
-    `assumed` is planned with."""
+    `assumed` is planned with. `made_for`: the method that a file of bits says they were shared out for, or ""."""
 
     known: BitPlan | None
     assumed: BitPlan
+    made_for: str = ""
 
 
 def uniform_bits(config: QuantizationConfig) -> BitPlan:
@@ -158,29 +159,16 @@ def described(config: QuantizationConfig, bits: PlannedBits) -> str:
     return f"{what}; {config.method}, because {config.why_chosen}" if config.why_chosen else what
 
 
-def other_methods_plan(config: QuantizationConfig, base_dir: Path | None) -> str:
-    """The method that the config's file of bits was made for, where that is another one; else ""."""
-    if config.bit_plan is None:
-        return ""
-    from .bit_plan_file import made_for
-
-    method = made_for(_bit_plan_path(config.bit_plan, base_dir))
-    return "" if method == config.method else method
-
-
-def _bit_plan_path(given: str, base_dir: Path | None) -> Path:
-    return (base_dir or Path()) / Path(given).expanduser()
-
-
 def _bits(config: QuantizationConfig, widths: frozenset[int], facts: ModelFacts, base_dir: Path | None) -> PlannedBits:
     if config.bit_plan is not None:
-        from .bit_plan_file import read_bit_plan
+        from .bit_plan_file import read_with_method
 
-        plan = read_bit_plan(_bit_plan_path(config.bit_plan, base_dir), facts if facts.known else None)
-    elif config.bits == "auto":
+        path = (base_dir or Path()) / Path(config.bit_plan).expanduser()
+        plan, made_for = read_with_method(path, facts if facts.known else None)
+        return PlannedBits(plan, plan, made_for)
+    if config.bits == "auto":
         return PlannedBits(None, BitPlan(_nearest(config, widths), shared_group(config, facts)))
-    else:
-        plan = uniform_bits(config)
+    plan = uniform_bits(config)
     return PlannedBits(plan, plan)
 
 

@@ -34,17 +34,12 @@ def offset(module: Any) -> Tensor:
 
 def assert_used(trial: Trial, model: Module, what: str, tolerance: float) -> None:
     """`quantizer_dequantize` gives the numbers that inputs are multiplied with, in the model's own type."""
-    import torch
-
     dtype = cast(Any, model).get_input_embeddings().weight.dtype
     for name in trial.infos(model):
         module: Any = model.get_submodule(name)
         weight = trial.weight(module, name)
-        with torch.no_grad():
-            bias = 0 if getattr(module, "bias", None) is None else module.bias.float()
-            probes = PROBE * torch.eye(module.in_features, dtype=dtype, device=weight.device)
-            used = (module(probes[None])[0].float() - bias).T / PROBE
-        far = ((used - weight).abs().max() / weight.abs().max()).item()
+        bias = 0 if getattr(module, "bias", None) is None else module.bias.float()
+        far = _apart_from_forward(module, weight, bias, dtype)
         assert far <= tolerance, f"quantizer_dequantize of {name} ({what}) is not what forward uses: {far:.1e} apart"
 
 
@@ -120,8 +115,6 @@ def assert_fake_is_real(model: Module, trial: Trial, plan: BitPlan, tolerance: f
 def assert_requantized(model: Module, trial: Trial, plan: BitPlan, tolerance: float) -> None:
     """`quantizer_requantize` gives a module that holds the weight as nearly as its bits allow, uses it, and is in all
     else as the one before, which stays as it was."""
-    import torch
-
     name, info = next(iter(trial.infos(model).items()))
     module: Any = model.get_submodule(name)
     weight = trial.weight(module, name)
@@ -136,12 +129,10 @@ def assert_requantized(model: Module, trial: Trial, plan: BitPlan, tolerance: fl
             f"{what}, put back by quantizer_requantize in {plan.bits} bits, is {far:.3g} off; "
             f"quantizing it the first time was {once:.3g}"
         )
-        with torch.no_grad():
-            bias = offset(new).to(weight.device)
-            used = (new(torch.eye(new.in_features, device=weight.device)[None])[0] - bias).T
-        far = ((used - held).abs().max() / held.abs().max()).item()
+        bias = offset(new)
+        far = _apart_from_forward(new, held, bias.to(weight.device), weight.dtype)
         assert far <= tolerance, f"the module of quantizer_requantize uses other numbers: {far:.1e} apart"
-        far = (bias.cpu() - offset(module)).abs().max().item()
+        far = (bias - offset(module)).abs().max().item()
         assert far <= BIAS_NEAR, f"quantizer_requantize loses or changes the bias of {name}: {far:.1e} apart"
         model.set_submodule(name, new)
         now = trial.infos(model).get(name)
@@ -150,3 +141,13 @@ def assert_requantized(model: Module, trial: Trial, plan: BitPlan, tolerance: fl
             f"quantizer_requantize turns {name} of {info.bits} bits in groups of {info.group_size} into {now}"
         )
     assert equal(trial.weight(module, name), weight), "quantizer_requantize changes the module that it is given"
+
+
+def _apart_from_forward(module: Any, weight: Tensor, bias: Tensor | float, dtype: Any) -> float:
+    """How far the numbers that inputs of `dtype` are multiplied with are from `weight`, relative to its largest."""
+    import torch
+
+    with torch.no_grad():
+        probes = PROBE * torch.eye(module.in_features, dtype=dtype, device=weight.device)
+        used = (module(probes[None])[0].float() - bias).T / PROBE
+    return ((used - weight).abs().max() / weight.abs().max()).item()

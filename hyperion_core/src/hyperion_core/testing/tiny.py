@@ -71,22 +71,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny_base(folder: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Both, in a folder that `from_pretrained` loads."""
-    folder = Path(folder)
-    tiny_llama(seed=seed, **overrides).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return _saved(tiny_llama(seed=seed, **overrides), folder)
 
 
 def save_biased_base(folder: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
     """As `save_tiny_base`, and every linear module but the head has a bias, of about 0.1."""
     import torch
 
-    folder = Path(folder)
     model = tiny_llama(seed=seed, attention_bias=True, mlp_bias=True, **overrides)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.data.normal_(0, 0.1, generator=generator)
+    return _saved(model, folder)
+
+
+def _saved(model: LlamaForCausalLM, folder: str | Path) -> Path:
+    folder = Path(folder)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
