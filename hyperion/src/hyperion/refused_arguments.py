@@ -119,6 +119,8 @@ def argument_problems(data: Mapping[str, Any]) -> list[Problem]:
         ("lr_scheduler", "lr_scheduler_type"),
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ("gradient_checkpointing", "recompute_layers"),
+        ("activation_checkpointing", "recompute_layers"),
     ):
         if data.get(one) is not None and data.get(other) is not None:
             found.append(_together(one, other, "they say the same thing twice"))
@@ -237,7 +239,10 @@ def _dead_options(data: Mapping[str, Any]) -> list[Problem]:
             for key in _NEED_WORKERS
             if data.get(key)
         ]  # fmt: skip
-    if not (data.get("gradient_checkpointing") or data.get("activation_checkpointing")):
+    if data.get("packing") is False and data.get("pack_length") is not None:
+        why, fix = "rows are padded, so there are no packs", "leave one of the two out"
+        found.append(Problem("pack_length", "pack_length does nothing", why, fix))
+    if not any(data.get(key) for key in ("gradient_checkpointing", "activation_checkpointing", "recompute_layers")):
         found += [
             Problem(key, f"{key} stands alone", "checkpointing is off", f"set {key.removesuffix('_kwargs')}: true")
             for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from hyperion_core.config import QuantizationConfig
 from hyperion_core.errors import Problem
 from hyperion_core.facts import ModelFacts
 
@@ -30,6 +33,21 @@ def length_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem
     return [Problem("max_length", what, f"its context is {context} tokens", f"max_length: {context}, or leave it out")]
 
 
+def layer_problems(
+    training: TrainingConfig, facts: ModelFacts, quantization: QuantizationConfig | None
+) -> list[Problem]:
+    """What is asked of single layers and does not fit this base."""
+    found, asked = [], training.recompute_layers
+    if asked and facts.layers and asked > facts.layers:
+        fix = f"recompute_layers: {facts.layers}, or gradient_checkpointing: true"
+        what = f"recompute_layers: {asked} is more than {facts.source} has"
+        found.append(Problem("recompute_layers", what, f"it has {facts.layers}", fix))
+    if training.stream_weights and quantization is not None:
+        why = "the weights in the base's files are not the quantized ones, which are made in memory"
+        found.append(Problem("stream_weights", "stream_weights does not go with quantization", why, "drop one"))
+    return found
+
+
 def warmup_problems(training: TrainingConfig, steps: int | None) -> list[Problem]:
     """A warmup that the run never comes out of."""
     if steps is None or not training.warmup_steps or training.warmup_in_force(steps) < steps:
@@ -42,6 +60,13 @@ def warmup_problems(training: TrainingConfig, steps: int | None) -> list[Problem
 def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
     """Number formats that the device does not compute in."""
     found = []
+    if training.stream_weights and (device != "cpu" or sys.platform == "win32"):
+        where = device if device != "cpu" else "Windows"
+        found.append(
+            Problem("stream_weights", f"stream_weights does not work on {where}",
+                    "weights are mapped from their files into the memory of a CPU, on Linux and macOS",
+                    "leave it out, or set use_cpu: true")
+        )  # fmt: skip
     if not device.startswith("cuda"):
         found += [
             Problem(key, f"{key} works on CUDA GPUs only", f"the run is planned on {device}", "leave it out")

@@ -28,6 +28,11 @@ _OURS = frozenset(
         "max_length",
         "eval_samples",
         "eval_samples_max_new_tokens",
+        "packing",
+        "recompute_layers",
+        "stream_weights",
+        "pack_length",
+        "fused_layers",
         "push_to_hub",
         "hub_model_id",
         "hub_private_repo",
@@ -126,6 +131,24 @@ class TrainingConfig(StrictModel):
     log_level: Literal["detail", "debug", "info", "warning", "error", "critical", "passive"] | None = Field(
         None, description="How much transformers logs."
     )
+    packing: bool | None = Field(
+        None, description="Lay rows end to end in place of padding them; by default wherever the model can."
+    )
+    pack_length: PositiveInt | None = Field(
+        None, description="Tokens computed at one time when rows are packed; by default 1024 on a CPU, on a GPU the"
+        " longest row times per_device_train_batch_size. No change to what is learnt."
+    )  # fmt: skip
+    fused_layers: bool = Field(
+        True, description="Norms and MLPs with fewer passes over memory, where they give the same."
+    )
+    recompute_layers: NonNegativeInt | None = Field(
+        None, description="Layers whose activations are computed again in the backward pass, counted from the first:"
+        " as many as memory asks for. gradient_checkpointing does so for all.",
+    )  # fmt: skip
+    stream_weights: bool = Field(
+        False, description="Leave the base's frozen weights in their files and read them layer by layer (CPU): slower,"
+        " in the memory of a few layers.",
+    )  # fmt: skip
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         "random", description="Order of the rows in an epoch."
     )
@@ -166,6 +189,8 @@ class TrainingConfig(StrictModel):
         if self.warmup_ratio is not None:
             has_ratio = "warmup_ratio" in foreign_fields(*_ARGUMENTS)
             arguments["warmup_ratio" if has_ratio else "warmup_steps"] = self.warmup_ratio
+        if self.recompute_layers:
+            arguments["gradient_checkpointing"] = True
         arguments["eval_strategy"] = self.eval_strategy_in_force(evaluates)
         arguments["save_strategy"] = self.save_strategy_in_force(evaluates)
         if self.save_steps is None and arguments["save_strategy"] == "steps" and self.eval_steps is not None:
@@ -201,7 +226,9 @@ class TrainingConfig(StrictModel):
 
     def checkpoints_activations(self) -> bool:
         """Whether activations are computed again rather than kept, under either of transformers' names for it."""
-        return any(getattr(self, f"{name}_checkpointing", None) for name in ("gradient", "activation"))
+        return bool(self.recompute_layers) or any(
+            getattr(self, f"{name}_checkpointing", None) for name in ("gradient", "activation")
+        )
 
     def warmup_in_force(self, steps: int) -> int:
         """Steps of `steps` that warm up, by transformers' rule."""

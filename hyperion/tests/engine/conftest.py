@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,15 +209,19 @@ class TinyRun:
         torch.manual_seed(1)
         return self.adapter.adapter_apply(model=base, name="default", config=self.config, ctx=self.ctx)
 
-    def fit(self, resume: Path | None = None, model=None, patience=None, samples=0):
-        from hyperion.engine.fit import fit
+    def fit(self, resume: Path | None = None, model=None, patience=None, samples=0, **speed):
+        from hyperion.engine.fit import Speed, fit
 
         return fit(
             model if model is not None else self.model(resume), Tokenizer(), self.train, self.evaluation,
             arguments=self.arguments, hooks=self.hooks, ctx=self.ctx, adapter=("lowrank", self.config),
             objective=("mean", PluginConfig()), scheduler=("linear", PluginConfig()),
-            early_stopping_patience=patience, eval_samples=samples, eval_samples_max_new_tokens=5, resume=resume,
+            early_stopping_patience=patience, eval_samples=samples, eval_samples_max_new_tokens=5,
+            speed=Speed(**speed), resume=resume,
         )  # fmt: skip
+
+    def lines(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def trained(self, model) -> dict[str, torch.Tensor]:
         groups = self.adapter.adapter_param_groups(model=model, name="default", config=self.config)

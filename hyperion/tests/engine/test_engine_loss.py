@@ -7,8 +7,9 @@ import torch
 import transformers
 from hyperion_core.errors import TrainingError
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperion.engine.loss import check_head, output_head, supervised_logprobs
+from hyperion.engine.loss import Postprocessing, _scores, check_head, supervised_logprobs
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -99,13 +100,63 @@ def test_sequence_and_token_tell_where_each_logprob_comes_from():
     torch.testing.assert_close(found.logps, torch.tensor([value for _, _, value in expected]))
 
 
-def test_full_logits_never_exist():
+@pytest.mark.parametrize("trains", [False, True])
+def test_full_logits_never_exist(trains):
+    """Neither where the head is frozen, and its gradient computed in the forward pass, nor where it trains."""
     model, batch = model_of("llama"), ragged_batch(rows=3)
-    rows_seen = []
-    output_head(model).register_forward_hook(lambda m, a, logits: rows_seen.append(logits[..., 0].numel()))
-    (-supervised_logprobs(model, batch, chunk_size=4).logps.sum()).backward()
-    assert max(rows_seen) <= 4
-    assert sum(rows_seen) > 2 * int((batch["labels"][:, 1:] != -100).sum())  # each chunk twice: forward and backward
+    model.lm_head.requires_grad_(trains)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            out = function(*arguments, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim >= 2 and out.shape[-1] == SIZES["vocab_size"]:
+                sizes.append(out.untyped_storage().nbytes() // 4 // SIZES["vocab_size"])
+            return out
+
+    with Sizes():
+        (-supervised_logprobs(model, batch, chunk_size=4).logps.sum()).backward()
+    assert max(sizes) in (4, SIZES["hidden_size"])  # a chunk's logits; and the head's weight, transposed
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_other_scores_of_the_logits_and_their_gradients(name, frozen):
+    """What label smoothing and z-loss are made of, whether the head is frozen or not."""
+    model, batch = model_of(name), ragged_batch()
+    model.get_output_embeddings().requires_grad_(not frozen)
+    found = supervised_logprobs(model, batch, chunk_size=7)
+    smoothed, z = found.scores.mean_logit() - found.scores.logsumexp, found.scores.logsumexp.square().sum()
+    mine = gradients(model, -(0.9 * found.logps + 0.1 * smoothed).sum() + 0.01 * z)
+
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    chosen = batch["labels"][:, 1:] != -100
+    smooth = cross_entropy(logits[:, :-1][chosen], batch["labels"][:, 1:][chosen], reduction="sum", label_smoothing=0.1)
+    expected = gradients(model, smooth + 0.01 * logits[:, :-1][chosen].logsumexp(-1).square().sum())
+    assert mine.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.norm(mine[key] - gradient) <= 1e-5 * torch.norm(gradient), key
+
+
+def test_a_frozen_bfloat16_head_is_as_exact_as_autograd_where_the_model_is_sure():
+    """p - 1 of a token that the model is sure of is small: rounding p and 1 apart would leave noise in its place."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 50, bias=False).bfloat16().requires_grad_(False)
+    token = torch.arange(40)
+    states = (head.weight[token].float() * 120).bfloat16()
+    results = {}
+    for way in ("mine", "bfloat16", "float32"):
+        dtype = torch.float32 if way == "float32" else torch.bfloat16
+        given = states.to(dtype, copy=True).requires_grad_()
+        if way == "mine":
+            logps = _scores(head, Postprocessing(), given, token, 16)[0]
+        else:
+            logps = (given @ head.weight.to(dtype).T).float().log_softmax(1).gather(1, token[:, None])
+        logps.sum().backward()
+        results[way] = given.grad.float()
+    assert float(logps.exp().mean()) > 0.95
+    own, mine = (float((results[way] - results["float32"]).norm()) for way in ("bfloat16", "mine"))
+    assert mine <= 1.2 * own
 
 
 def test_a_batch_without_supervision_gives_a_zero_that_can_be_differentiated():

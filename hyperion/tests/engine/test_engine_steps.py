@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hyperion.data.collate import Collator
 from hyperion.engine.arguments import training_arguments
+from hyperion.engine.batches import Batching
 from hyperion.engine.engine import Engine
 from hyperion.engine.interruption import Interruption
 from hyperion.engine.loss import supervised_logprobs
@@ -31,14 +32,14 @@ class FirstStep(TrainerCallback):
         control.should_training_stop = True
 
 
-def engine_of(run, model, adapter="lowrank", objective="mean", **changes):
+def engine_of(run, model, adapter="lowrank", objective="mean", capacity=None, **changes):
     callback = FirstStep()
     arguments = {**run.arguments, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "logging_steps": 1}
     engine = Engine(
         model, training_arguments({**arguments, "save_strategy": "no", **changes}), hooks=run.hooks, ctx=run.ctx,
         adapter=(adapter, run.config), objective=(objective, PluginConfig()),
-        scheduler=("linear", PluginConfig()), train=run.train, evaluation=run.evaluation, collator=Collator(0),
-        callbacks=[callback], interruption=Interruption(),
+        scheduler=("linear", PluginConfig()), train=run.train, evaluation=run.evaluation,
+        batching=Batching(Collator(0), capacity), callbacks=[callback], interruption=Interruption(),
     )  # fmt: skip
     return engine, callback
 
@@ -113,9 +114,11 @@ def test_bf16_computes_in_bf16_and_gives_the_model_back_as_it_came(tiny, tmp_pat
     run = tiny.Run(tmp_path, bf16=True, gradient_checkpointing=True)
     model = run.model()
     types = set()
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, a, out: types.add(out.dtype))
+    model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda m, a, out: types.add(out.dtype) if m.training else None
+    )
     model.config.use_cache = True
-    result = run.fit(model=model)
+    result = run.fit(model=model, fused_layers=False)  # whose trial is in float32
     assert types == {torch.bfloat16}
     assert "forward" not in vars(result.model)
     assert result.model.config.use_cache is True
@@ -251,7 +254,8 @@ def test_dropping_the_only_batch_is_refused_before_anything_is_written(tiny, tmp
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you …"),
     ],
 )
-def test_memory_that_runs_out_names_the_options_that_save_it(tiny, tmp_path, error):
+@pytest.mark.parametrize("packing, said", [(False, r"batch_size \(2\).*steps \(2\)"), (None, "pack_length below 1024")])
+def test_memory_that_runs_out_names_the_options_that_save_it(tiny, tmp_path, error, packing, said):
     run = tiny.Run(tmp_path)
     model = run.model()
 
@@ -259,8 +263,8 @@ def test_memory_that_runs_out_names_the_options_that_save_it(tiny, tmp_path, err
         raise error
 
     model.model.layers[1].mlp.register_forward_pre_hook(refuse)
-    with pytest.raises(TrainingError, match=r"(?s)cpu ran out of memory.*batch_size \(2\).*steps \(2\)") as caught:
-        run.fit(model=model)
+    with pytest.raises(TrainingError, match=f"(?s)cpu ran out of memory.*{said}") as caught:
+        run.fit(model=model, packing=packing)
     assert caught.value.__cause__ is error
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from hyperion_core.errors import DataError
-from hyperion_core.facts import Segment, Segments, Sequence
+from hyperion_core.facts import Segment, Sequence, TokenScores
 from hyperion_core.registry import Registry
 
 from hyperion_objective_sft import SftConfig, SftObjective
@@ -61,8 +61,7 @@ def test_micro_batches_add_up_to_the_mean_over_the_step():
     total = torch.tensor(10)
     parts = []
     for part in (slice(0, 3), slice(3, 10)):
-        segments = Segments(torch.zeros(10, dtype=torch.int64)[part], token[part], ("only",))
-        loss, metrics = SftObjective().objective_loss(SftConfig(), logps[part], segments, total)
+        loss, metrics = SftObjective().objective_loss(SftConfig(), logps[part], scores_of(torch, logits[part]), total)
         assert loss.shape == () and metrics == {}
         parts.append(loss)
 
@@ -71,10 +70,30 @@ def test_micro_batches_add_up_to_the_mean_over_the_step():
     torch.testing.assert_close(torch.autograd.grad(sum(parts), logits)[0], gradient, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(
+    "config", [{"label_smoothing": 0.2}, {"z_loss": 0.1}, {"label_smoothing": 0.1, "z_loss": 0.01}]
+)
+def test_what_is_added_is_what_torch_and_the_paper_say(config):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    logits, token = torch.randn(10, 7, dtype=torch.float64, requires_grad=True), torch.randint(0, 7, (10,))
+    logps = logits.log_softmax(-1)[torch.arange(10), token]
+    loss, metrics = SftObjective().objective_loss(
+        SftConfig(**config), logps, scores_of(torch, logits), torch.tensor(10)
+    )
+    smoothed = torch.nn.functional.cross_entropy(logits, token, label_smoothing=config.get("label_smoothing", 0.0))
+    expected = smoothed + config.get("z_loss", 0.0) * logits.exp().sum(-1).log().square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(metrics["nll"], -logps.mean())
+
+
+def scores_of(torch, logits):
+    return TokenScores(torch.logsumexp(logits, -1), lambda: logits.mean(-1))
+
+
 def test_no_supervised_token_gives_a_loss_of_zero_that_can_be_differentiated():
     torch = pytest.importorskip("torch")
     logps = torch.zeros(0, requires_grad=True)
-    empty = torch.zeros(0, dtype=torch.int64)
-    loss, _ = SftObjective().objective_loss(SftConfig(), logps, Segments(empty, empty, ()), torch.tensor(5))
+    loss, _ = SftObjective().objective_loss(SftConfig(), logps, TokenScores(logps, lambda: logps), torch.tensor(5))
     loss.backward()
     assert loss.item() == 0.0

@@ -1,3 +1,6 @@
 """How many tokens' logits exist at one time. Imports nothing: planning forecasts memory by it."""
 
-LOGITS_CHUNK = 1024  # supervised tokens
+
+def logits_chunk(device: str) -> int:
+    """Supervised tokens in a chunk. On a CPU its logits are to stay near the cache; a GPU is to be kept busy."""
+    return 128 if device == "cpu" else 1024

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +16,10 @@ from torch.nn import Module
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..acceleration.documents import DOCUMENTS
+from ..acceleration.packing import attending_within_documents, why_not_packed
 from .arguments import optimizer_class
+from .batches import Batching, RowBatch
 from .checkpointing import ADAPTER_NAME, CheckpointedTrainer
 from .figures import Figures
 from .loss import check_head, count_supervised, supervised_logprobs
@@ -21,8 +27,6 @@ from .random_state import untouched_generators
 from .sampler import EpochSampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from datasets import Dataset
     from hyperion_core.config import AdapterConfig, PluginConfig
     from hyperion_core.context import RunContext
@@ -42,7 +46,7 @@ class Engine(CheckpointedTrainer):
         model: base with the adapter attached as "default"; moved to the device.
         adapter, objective, scheduler: (name of the plugin in `hooks`, its config).
         train, evaluation: rows with input_ids, labels (-100 = not learnt) and length.
-        collator: rows to a batch of input_ids, attention_mask, labels.
+        batching: rows of an optimizer step to micro-batches.
         interruption: knows whether a signal asked for the end.
         logs: files of lines that a resumed run cuts back to its checkpoint.
     """
@@ -62,7 +66,7 @@ class Engine(CheckpointedTrainer):
         scheduler: tuple[str, PluginConfig],
         train: Dataset,
         evaluation: Dataset | None,
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]],
+        batching: Batching,
         interruption: Interruption,
         logs: Sequence[MetricsFile] = (),
         callbacks: Sequence[TrainerCallback] = (),
@@ -77,16 +81,64 @@ class Engine(CheckpointedTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=RowBatch,
             train_dataset=train,
             eval_dataset=evaluation,
             callbacks=[_LoopEvents(self), *callbacks, _ResumedStep(self)],
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.batching = batching
         self.figures = Figures(args.device)
         self.interruption, self.logs = interruption, tuple(logs)
         self._needs_reference = bool(self.objective.objective_needs_reference(config=self.objective_config))
+
+    # --- micro-batches ---
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step, in as many lists as the loader gave batches, and its supervised
+        tokens."""
+        with self.figures.waiting():
+            lists = self.batching(list(itertools.islice(epoch_iterator, num_batches)))
+        self._micro_batches = max(1, sum(map(len, lists)))
+        counts = [count_supervised(batch["labels"]) for part in lists for batch in part]
+        total = torch.stack(counts).sum() if counts else torch.ones((), dtype=torch.int64)
+        return lists, total.clamp(min=1).to(device)  # where there are none, their loss is 0
+
+    def training_step(self, model: Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of each micro-batch; gives the sum of their losses."""
+        total = torch.zeros((), device=self.args.device)
+        with self._attention():
+            for batch in inputs:
+                total = total + super().training_step(model, batch, num_items_in_batch)
+        return total
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return sum(int(super(Engine, self).floating_point_ops(batch)) for batch in inputs)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.batching.capacity is None else attending_within_documents(self.model)
+
+    def settle_packing(self, *, required: bool) -> None:
+        """Give up packing where this model cannot be given packs.
+
+        Raises:
+            TrainingError: it cannot, and packing is `required`.
+        """
+        if self.batching.capacity is None:
+            return
+        with self.accelerator.autocast():
+            rows = [self.train_dataset[number] for number in range(min(2, len(self.train_dataset)))]
+            why = why_not_packed(self.model, rows, max(self.train_dataset["length"]))
+        if not why:
+            return
+        if required:
+            raise TrainingError(
+                f"the rows cannot be packed for {type(self.model).__name__}", why=why,
+                fix="leave training.packing out, or set it to false: batches are padded then",
+            )  # fmt: skip
+        self.ctx.log.warning("rows are padded, not packed: %s", why)
+        self.batching = replace(self.batching, capacity=None)
 
     # --- the loss ---
 
@@ -108,7 +160,7 @@ class Engine(CheckpointedTrainer):
         if model.training:
             penalty = self.adapter.adapter_loss(model=self.model, name=ADAPTER_NAME)
             if penalty is not None:
-                loss = loss + penalty / self.current_gradient_accumulation_steps
+                loss = loss + penalty / self._micro_batches
             self._require_finite(loss)
             self.figures.count(inputs, supervised)
             self.figures.add_metrics(metrics)
@@ -120,11 +172,13 @@ class Engine(CheckpointedTrainer):
         reference = self._reference(model, inputs) if self._needs_reference else None
         with self.accelerator.autocast():
             found = supervised_logprobs(model, inputs)
-            roles = ("only",) * inputs["labels"].shape[0]
+            documents = inputs.get(DOCUMENTS)
+            rows = inputs["labels"].shape[0] if documents is None else len(documents.lengths)
             return self.objective.objective_loss(
                 config=self.objective_config,
                 logps=found.logps,
-                segments=Segments(found.sequence, found.token, roles),
+                segments=Segments(found.sequence, found.token, ("only",) * rows),
+                scores=found.scores,
                 reference=reference,
                 normalizer=torch.as_tensor(normalizer, device=found.logps.device),
             )
@@ -159,15 +213,9 @@ class Engine(CheckpointedTrainer):
         Raises:
             TrainingError: they differ.
         """
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        batch = self._prepare_inputs(self.batching.pad([self.train_dataset[0]]))
         with untouched_generators(), self.accelerator.autocast():
             check_head(self.model, batch)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Supervised tokens of the whole optimizer step; 1 where there are none, so that their loss is 0."""
-        counts = [count_supervised(batch["labels"]) for batch in batch_samples]
-        total = torch.stack(counts).sum() if counts else torch.ones((), dtype=torch.int64)
-        return total.clamp(min=1).to(device)
 
     # --- data order, optimizer, schedule ---
 
@@ -282,13 +330,15 @@ class Engine(CheckpointedTrainer):
         with self.ctx.progress.task("evaluating", len(dataloader)) as advance, torch.no_grad():
             for batch in dataloader:
                 self.interruption.leave_evaluation()
-                inputs = self._prepare_inputs(batch)
-                count = count_supervised(inputs["labels"])
-                loss, metrics = self._objective_loss(model, inputs, count.clamp(min=1))
-                weight = int(count)
-                total += weight
-                for name, value in {"loss": loss, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * weight
+                for part in self.batching([batch])[0]:
+                    inputs = self._prepare_inputs(part)
+                    count = count_supervised(inputs["labels"])
+                    with self._attention():
+                        loss, metrics = self._objective_loss(model, inputs, count.clamp(min=1))
+                    weight = int(count)
+                    total += weight
+                    for name, value in {"loss": loss, **metrics}.items():
+                        sums[name] = sums.get(name, 0.0) + float(value) * weight
                 advance(1)
         if not total:
             raise TrainingError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration.documents import DOCUMENTS
+
 
 class Figures:
     """Counts since the run began, and since the last line of the log. Tensors stay on their device until a line."""
@@ -20,6 +22,7 @@ class Figures:
         self._supervised = torch.zeros((), dtype=torch.int64, device=device)
         self._metrics: dict[str, Tensor] = {}
         self._seconds = 0.0
+        self._waited = 0.0
         self._running_since: float | None = None
         self._last = (0, 0.0)
 
@@ -38,10 +41,19 @@ class Figures:
             if running:
                 self._running_since = time.perf_counter()
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in which training waits for its data; part of the seconds that it takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - started
+
     def count(self, inputs: Mapping[str, Any], supervised: Tensor) -> None:
-        """One micro-batch: its tokens, padding not counted, and those that are learnt."""
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else mask.ne(0).sum()
+        """One micro-batch: the tokens of its rows, padding not counted, and those that are learnt."""
+        documents = inputs.get(DOCUMENTS)
+        tokens = inputs["attention_mask"].ne(0).sum() if documents is None else documents.tokens
         self._tokens += tokens
         self._supervised += supervised
 
@@ -62,6 +74,7 @@ class Figures:
         figures["supervised_tokens"] = int(self._supervised)
         figures["tokens_per_second"] = round((tokens - tokens_before) / max(seconds - seconds_before, 1e-9), 1)
         figures["seconds"] = round(seconds, 3)
+        figures["data_seconds"] = round(self._waited, 3)
         return figures
 
     def state(self) -> dict[str, Any]:
@@ -69,13 +82,14 @@ class Figures:
             "tokens": int(self._tokens),
             "supervised_tokens": int(self._supervised),
             "seconds": self._elapsed(),
+            "data_seconds": self._waited,
             "metrics": {name: float(value) for name, value in self._metrics.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._tokens = torch.tensor(state["tokens"], dtype=torch.int64, device=self._device)
         self._supervised = torch.tensor(state["supervised_tokens"], dtype=torch.int64, device=self._device)
-        self._seconds = state["seconds"]
+        self._seconds, self._waited = state["seconds"], state["data_seconds"]
         self._metrics = {name: torch.tensor(value, device=self._device) for name, value in state["metrics"].items()}
 
     def _elapsed(self) -> float:

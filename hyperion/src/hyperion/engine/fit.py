@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,16 @@ from hyperion_core.facts import InForce
 from torch.nn import Module
 from transformers import TrainingArguments
 
+from ..acceleration.fused import fused
+from ..acceleration.packing import drops
+from ..acceleration.recomputing import RecomputedLayers
+from ..acceleration.streaming import streamed
+from ..data.collate import Collator
 from ..monitoring.metrics import MetricsFile
 from ..monitoring.samples import SampleWriter
 from ..monitoring.training_line import TrainingLine
 from .arguments import check_arguments, training_arguments
+from .batches import Batching
 from .borrowed import borrowed
 from .checkpointing import ADAPTER_NAME, log_sizes
 from .checkpoints import ADAPTER_FOLDER, checkpoints, remove_remains, why_incomplete
@@ -38,6 +45,32 @@ __all__ = ["FitResult", "check_arguments", "fit", "measure"]
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What changes how fast a step is computed, and in how much memory, but not what it learns.
+
+    `packing`: rows end to end without padding; None where the model can. `pack_length`: tokens of a pack; None chooses.
+    `fused_layers`: norms and MLPs with fewer passes over the activations. `recompute_layers`: how many of the first
+    layers compute their activations again; None leaves it to the training arguments. `stream_weights`: those of a base
+    that was mapped from its files are let go of layer by layer.
+    """
+
+    packing: bool | None = None
+    pack_length: int | None = None
+    fused_layers: bool = True
+    recompute_layers: int | None = None
+    stream_weights: bool = False
+
+    def capacity(self, longest: int, args: TrainingArguments) -> int | None:
+        """Tokens of a pack, where the longest row has so many; None pads."""
+        # NEFTune scales its noise by the length of what it takes for a row
+        if self.packing is False or args.neftune_noise_alpha:
+            return None
+        # a CPU gains nothing from more, and its memory grows with them; a GPU wants what the padded batch would hold
+        usual = 1024 if args.device.type == "cpu" else longest * args.per_device_train_batch_size
+        return max(longest, self.pack_length or usual)
 
 
 @dataclass(frozen=True)
@@ -71,6 +104,7 @@ def fit(
     early_stopping_patience: int | None,
     eval_samples: int,
     eval_samples_max_new_tokens: int,
+    speed: Speed,
     resume: Path | None,
 ) -> FitResult:
     """Train.
@@ -81,6 +115,7 @@ def fit(
         arguments: for `transformers.TrainingArguments`, output_dir among them.
         adapter, objective, scheduler: (name of the plugin in `hooks`, its config).
         early_stopping_patience: evaluations without a better metric after which to stop; None never stops.
+        speed: how the same steps are computed faster.
         eval_samples: rows of `evaluation` that the model answers at each evaluation, for people to read.
         resume: a checkpoint of this run; its adapter is already in the model.
 
@@ -89,8 +124,6 @@ def fit(
             to learn or to evaluate, a checkpoint is damaged or in the way, or the model's architecture is not
             understood.
     """
-    from ..data.collate import Collator
-
     check_arguments(arguments)
     args = training_arguments(arguments)
     args.eval_on_start = args.eval_on_start and resume is None  # the checkpoint's log holds it already
@@ -110,18 +143,31 @@ def fit(
     )
     line = TrainingLine(ctx.progress)
     checkpointing = bool(args.activation_checkpointing)
-    with borrowed(model, checkpointing=checkpointing), line, out_of_memory_explained(args), interruption:
+    longest = max(max(data["length"]) for data in (train, evaluation) if data is not None and len(data))
+    batching = Batching(Collator(tokenizer.pad_token_id), speed.capacity(longest, args), sharing=not drops(model))
+    faster = fused(model) if speed.fused_layers else nullcontext()
+    streaming = streamed(model) if speed.stream_weights else nullcontext()
+    with (
+        borrowed(model, checkpointing=checkpointing),
+        faster,
+        streaming,
+        line,
+        out_of_memory_explained(args, batching),
+        interruption,
+    ):
         engine = Engine(
             model, args, hooks=hooks, ctx=ctx, adapter=adapter, objective=objective, scheduler=scheduler,
-            train=train, evaluation=evaluation, collator=Collator(tokenizer.pad_token_id),
+            train=train, evaluation=evaluation, batching=batching,
             interruption=interruption, logs=logs,
             callbacks=[
                 line,
                 RunEvents(hooks, ctx, metrics, timing, lambda step: writer.write(model, step)),
+                *([RecomputedLayers(speed.recompute_layers)] if checkpointing else []),
                 *([EarlyStopping(early_stopping_patience)] if early_stopping_patience else []),
             ],
         )  # fmt: skip
         engine.check_head()
+        engine.settle_packing(required=speed.packing is True)
         hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
         finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
         if interruption.requested:

@@ -9,23 +9,29 @@ import torch
 from hyperion_core.errors import TrainingError
 from transformers import TrainingArguments
 
+from .batches import Batching
+
 # torch gives only CUDA's an exception class of its own
 _SAID = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
-def out_of_memory_explained(args: TrainingArguments) -> Iterator[None]:
+def out_of_memory_explained(args: TrainingArguments, batching: Batching) -> Iterator[None]:
     """Inside, an allocation that the device refuses is a TrainingError."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _SAID):
             raise
+        fewer_tokens = (
+            f"make training.per_device_train_batch_size ({args.per_device_train_batch_size}) smaller and "
+            f"training.gradient_accumulation_steps ({args.gradient_accumulation_steps}) larger by the same factor"
+            if batching.capacity is None
+            else f"set training.pack_length below {batching.capacity}"
+        )
         raise TrainingError(
             f"{args.device} ran out of memory",
             why=str(error).partition("\n")[0],
-            fix=f"make training.per_device_train_batch_size ({args.per_device_train_batch_size}) smaller and "
-            f"training.gradient_accumulation_steps ({args.gradient_accumulation_steps}) larger by the same factor, "
-            "set training.gradient_checkpointing: true, or lower training.max_length; if it was an evaluation, "
-            f"lower training.per_device_eval_batch_size ({args.per_device_eval_batch_size})",
+            fix=f"{fewer_tokens}, set training.gradient_checkpointing: true, or lower training.max_length; if it was "
+            f"an evaluation, lower training.per_device_eval_batch_size ({args.per_device_eval_batch_size})",
         ) from error

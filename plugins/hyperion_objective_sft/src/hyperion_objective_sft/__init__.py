@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from hyperion_core.config import PluginConfig
 from hyperion_core.errors import DataError
-from hyperion_core.facts import Segment, Segments, Sequence
+from hyperion_core.facts import Segment, Sequence, TokenScores
 from hyperion_core.kinds import Objective
+from pydantic import Field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,9 +18,15 @@ __all__ = ["SftConfig", "SftObjective"]
 
 
 class SftConfig(PluginConfig):
-    """Supervised fine-tuning has no options."""
+    """Supervised fine-tuning: cross-entropy, and what may be added to it."""
 
     type: str = "sft"
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target that is spread over the whole vocabulary (1512.00567)."
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of log²(Σ exp(logits)), which keeps logits from growing (PaLM, 2204.02311)."
+    )
 
 
 class SftObjective(Objective):
@@ -52,10 +59,22 @@ class SftObjective(Objective):
         )
 
     def objective_loss(
-        self, config: SftConfig, logps: Tensor, segments: Segments, normalizer: Tensor
+        self, config: SftConfig, logps: Tensor, scores: TokenScores, normalizer: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-Σ logps / normalizer: nats a supervised token, once the step's micro-batches are added up. No metrics."""
-        return -logps.sum() / normalizer, {}
+        """-Σ logps / normalizer: nats a supervised token, once the step's micro-batches are added up.
+
+        Where something is added to it, the metric "nll" is this loss without what was added.
+        """
+        nll = -logps.sum() / normalizer
+        if not config.label_smoothing and not config.z_loss:
+            return nll, {}
+        loss = nll
+        if config.label_smoothing:
+            everywhere = (scores.logsumexp - scores.mean_logit()).sum() / normalizer
+            loss = (1 - config.label_smoothing) * nll + config.label_smoothing * everywhere
+        if config.z_loss:
+            loss = loss + config.z_loss * scores.logsumexp.square().sum() / normalizer
+        return loss, {"nll": nll}
 
 
 def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .beside_gptqmodel import without_gptqmodel
+from .fast_linear import speed_up
 from .tensors import AdapterTensor, adapter_tensors, base_biases, tuner_layers
 
 _STATE = "_hyperion_peft_state"
@@ -81,6 +82,7 @@ def attach(model: nn.Module, name: str, config: PeftConfig, seed: int) -> PeftMo
             ) from error
     peft_model = cast(PeftModel, model)
     _copies_in_fp32(peft_model, name)
+    speed_up(peft_model)
     if bias != "none":
         state.bias_owner = name
         found = base_biases(peft_model, name, bias)
@@ -142,6 +144,17 @@ def activate(model: nn.Module, weights: Mapping[str, float], *, scales: bool) ->
             model._adapters_disabled = True
     state.active = dict(weights)
     _hold_biases(model, state, tuned=state.bias_owner in weights)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the base alone acts."""
+    before = dict(state_of(model).active) if isinstance(model, PeftModel) else {}
+    activate(model, {}, scales=True)
+    try:
+        yield
+    finally:
+        activate(model, before, scales=True)
 
 
 def detach(model: nn.Module, name: str) -> nn.Module:

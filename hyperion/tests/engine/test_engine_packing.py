@@ -1,0 +1,233 @@
+"""A packed step is the padded step: same loss, same gradients, and no document sees another."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from hyperion_core.errors import TrainingError
+from torch import nn
+
+from hyperion.acceleration.attention import NAME
+from hyperion.acceleration.documents import packed
+from hyperion.acceleration.fused import fused
+from hyperion.acceleration.packing import attending_within_documents, why_not_packed
+from hyperion.data.collate import Collator
+from hyperion.engine.loss import supervised_logprobs
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+    "eos_token_id": 1,
+}  # fmt: skip
+ARCHITECTURES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": 4},
+    "Phi3": {},
+    "Gemma": {},
+    "Granite": {},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "GPTNeoX": {},
+    "Olmo2": {},
+}
+
+
+def model_of(name, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **ARCHITECTURES.get(name, {}), **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def gradients(model, batches):
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = -supervised_logprobs(model, batch).logps.sum()
+        loss.backward()
+        total += float(loss)
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def with_a_beginning(rows):
+    """The same 20 tokens before each row, and nothing of them, nor the token after them, learnt."""
+    return [
+        {"input_ids": [*range(3, 23), *row["input_ids"]], "labels": [-100] * 21 + row["labels"][1:]} for row in rows
+    ]
+
+
+def of_rows(rows):
+    return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("alike", [False, True])
+def test_packed_gradients_are_the_padded_ones(tiny, name, seed, alike):
+    model, rows = model_of(name), list(tiny.rows(9, seed=seed))
+    rows = with_a_beginning(rows) if alike else rows
+    assert packed(rows)["documents"].shared == (20 if alike else 0)
+    assert why_not_packed(model, rows) == ""
+    loss, expected = gradients(model, [Collator(0)(rows)])
+    with attending_within_documents(model), fused(model):
+        mine_loss, mine = gradients(model, [packed(rows[:4]), packed(rows[4:])])
+    assert mine_loss == pytest.approx(loss, rel=1e-5)
+    assert mine.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.norm(mine[key] - gradient) <= 1e-5 * torch.norm(gradient) + 5e-6, key  # OPT's key bias has none
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [0, 20])
+def test_no_bit_and_no_gradient_crosses_from_one_document_to_another(tiny, dtype, shared):
+    model = model_of("Llama", dtype)
+    rows = list(tiny.rows(2, shortest=9))
+    first, second = with_a_beginning(rows) if shared else rows
+    own = first["input_ids"][shared:]
+    changed = {**first, "input_ids": first["input_ids"][:shared] + [2 + (token + 5) % 60 for token in own]}
+    seen = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda m, a, out: seen.append(out.detach().requires_grad_()) or seen[-1]
+    )
+    found = []
+    with attending_within_documents(model):
+        for before in (first, changed):
+            scores = supervised_logprobs(model, packed([before, second]))
+            own = scores.logps[scores.sequence == 1]
+            (gradient,) = torch.autograd.grad(own.sum(), seen[-1])
+            length = len(before["input_ids"])
+            assert not gradient[0, shared:length].any()
+            assert gradient[0, :shared].any() == bool(shared)  # what both begin with is the second's, too
+            found.append((own.detach(), gradient[0, length:]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.any()
+
+
+class Leaky(transformers.LlamaForCausalLM):
+    """Each position takes something of the one before it, as a convolution would."""
+
+    def forward(self, input_ids=None, **inputs):
+        x = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=x + x.roll(1, dims=1).mul(0.1), **inputs)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: Leaky(transformers.LlamaConfig(**SIZES)).eval(), "sees the tokens of another"),
+        (lambda: model_of("Gemma2", attn_logit_softcapping=5.0), "softcap"),
+        (lambda: model_of("Mamba", state_size=4), "sees the tokens of another"),
+        (lambda: model_of("Bloom", n_head=4), "documents|alone|another"),
+    ],
+    ids=["leaky", "softcap", "mamba", "alibi"],
+)
+def test_a_model_that_cannot_be_packed_is_found_out(tiny, make, said):
+    why = why_not_packed(make(), list(tiny.rows(2, shortest=9)))
+    assert re.search(said, why), why
+
+
+def test_virtual_tokens_of_an_adapter_are_found_out(tiny):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(model_of("Llama"), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert why_not_packed(model, list(tiny.rows(2, shortest=9)))
+
+
+@pytest.mark.parametrize("accumulate, alike", [(1, False), (3, False), (3, True)])
+def test_a_run_learns_the_same_packed_or_padded(tiny, tmp_path, accumulate, alike):
+    """Whole trajectories: the same rows in every step, whatever packs they are in."""
+    train, evaluation = tiny.rows(22), tiny.rows(7, seed=5)
+    if alike:
+        train, evaluation = (of_rows(with_a_beginning(list(rows))) for rows in (train, evaluation))
+    found = {}
+    for name, speed in {
+        "padded": {"packing": False, "fused_layers": False},
+        "packed": {"packing": True, "pack_length": 20},
+        "one by one": {"pack_length": 1},
+    }.items():
+        once = {"save_strategy": "no", "num_train_epochs": 1}
+        run = tiny.Run(tmp_path / name, train=train, gradient_accumulation_steps=accumulate, **once)
+        run.arguments["eval_strategy"] = "epoch"
+        run.evaluation = evaluation
+        (tmp_path / name).mkdir()
+        result = run.fit(**speed)
+        tokens = [line["tokens"] for line in run.lines() if "tokens" in line]
+        found[name] = run.trained(result.model), tokens, result.metrics["train_loss"], result.metrics["eval_loss"]
+    weights, tokens, *losses = found.pop("padded")
+    for others, other_tokens, *other_losses in found.values():
+        assert other_tokens == tokens
+        assert other_losses == pytest.approx(losses, rel=1e-4)
+        for key, weight in weights.items():
+            assert torch.norm(others[key] - weight) <= 1e-3 * torch.norm(weight), key
+
+
+def test_activations_that_are_computed_again_are_computed_within_documents(tiny, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        folder.mkdir()
+        run = tiny.Run(folder, gradient_checkpointing=checkpointing, save_strategy="no", num_train_epochs=1)
+        found.append(run.trained(run.fit(packing=True).model))
+    for key, weight in found[0].items():
+        assert torch.norm(found[1][key] - weight) <= 1e-4 * torch.norm(weight), key
+
+
+def test_packing_that_is_asked_for_and_cannot_be_is_refused_else_told(tiny, tmp_path, caplog):
+    run = tiny.Run(tmp_path, save_strategy="no", max_steps=1)
+    torch.manual_seed(1)
+    make = lambda: run.adapter.adapter_apply(  # noqa: E731
+        model=Leaky(tiny.llama().config), name="default", config=run.config, ctx=run.ctx
+    )
+    with pytest.raises(TrainingError, match="cannot be packed for Leaky"):
+        run.fit(model=make(), packing=True)
+    with caplog.at_level(logging.WARNING):
+        run.fit(model=make())
+    assert "rows are padded, not packed" in caplog.text
+    assert NAME not in str(vars(run.model().config))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_as_many_layers_are_computed_again_as_were_asked_for(tiny, tmp_path, count):
+    run = tiny.Run(
+        tmp_path, save_strategy="no", max_steps=1, gradient_accumulation_steps=1, gradient_checkpointing=True
+    )
+    model = run.model()
+    calls = [0, 0]
+    for number, layer in enumerate(model.model.layers):
+        up = layer.mlp.up_proj
+
+        def counted(module, arguments, number=number):
+            calls[number] += module.training and torch.is_grad_enabled()
+
+        up.register_forward_pre_hook(counted)
+    run.fit(model=model, recompute_layers=count, fused_layers=False)  # whose trial would be counted
+    assert calls == [2 if number < count else 1 for number in range(2)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_backward_pass_ends_at_the_lowest_layer_that_learns(tiny, tmp_path, monkeypatch, checkpointing):
+    every = tiny.LowRank.modules
+    upper = lambda self, model: {n: m for n, m in every(self, model).items() if "layers.1." in n}  # noqa: E731
+    monkeypatch.setattr(tiny.LowRank, "modules", upper)
+    run = tiny.Run(tmp_path, save_strategy="no", max_steps=1, gradient_checkpointing=checkpointing)
+    model = run.model()
+    passed = set()
+    for number, layer in enumerate(model.model.layers):
+
+        def note(module, *_, number=number):  # the probe before the first step goes down to the embeddings
+            passed.update({number} if module.training else ())
+
+        layer.mlp.register_full_backward_hook(note)
+    run.fit(model=model, fused_layers=False)  # whose trial would be seen
+    assert passed == {1}
