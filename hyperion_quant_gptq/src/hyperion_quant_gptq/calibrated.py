@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import GptqConfig
 from .gptqmodel_import import gptq_classes
-from .grouping import Layout
+from .grouping import Layout, default_group_size
 from .packed_linear import PackedLinear, is_conv1d, linear_shape
 from .rounding import Rounded, restored, rounded
 
@@ -92,6 +92,26 @@ def quantize(model: Any, planned: list[Layout], config: GptqConfig, tokens: list
             device = next(base.parameters()).device
             work.round(_Step(outside), [partial(base, ids.to(device), use_cache=False) for ids in tokens])
             work.pack()
+
+
+@torch.no_grad()
+def rounded_head(model: Any, bits: int, config: GptqConfig, tokens: list[Tensor], ctx: RunContext) -> Rounded:
+    """The output head by what flows into it, on a symmetric grid, in groups that are stretches of its rows.
+
+    Raises:
+        ModelError: it cannot be rounded.
+    """
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    layout = Layout(name, linear_shape(head), bits, default_group_size(head.in_features))
+    task = _task(head, layout, config.model_copy(update={"sym": True, "desc_act": False}), gptq_classes(ctx.log))
+    watched = head.register_forward_hook(lambda module, args, output: _take(name, task, args[0].detach()))
+    try:
+        for ids in tokens:
+            model(ids.to(head.weight.device), use_cache=False)
+    finally:
+        watched.remove()
+    return _found(name, task, False, layout)
 
 
 @dataclass(frozen=True)

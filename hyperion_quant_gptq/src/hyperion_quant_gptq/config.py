@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from hyperion_core.config import QuantizationConfig
 from hyperion_core.errors import Problem
@@ -26,6 +26,12 @@ class GptqConfig(QuantizationConfig):
     )
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="Share of the Hessian's mean diagonal that is added to it, so that it can be inverted."
+    )
+
+    embedding_bits: Literal[4, 8] | None = Field(
+        None,
+        description="Round the embedding and the output head too, to the nearest. Hyperion alone loads such a"
+        " checkpoint. None leaves them as they are.",
     )
 
     understood = frozenset({"group_size"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hyperion_core.errors import Problem
-from hyperion_core.facts import BitPlan, ModelFacts, ModuleFact
+from hyperion_core.facts import BitPlan, ModelFacts, ModuleFact, is_output_head
 
 #: Of each module: 16 leave it as it is.
 BITS = frozenset({2, 3, 4, 8})
@@ -74,6 +74,26 @@ def misfits(model: ModelFacts, bits: BitPlan) -> list[Problem]:
             fix = "leave them as they are: 16 bits for them in a bit plan; or take another method"
             problems.append(Problem("bits", what, why, fix))
     return problems
+
+
+def tables(model: ModelFacts) -> list[tuple[int, int]]:
+    """(rows, width) of the tokens' embedding and of the output head, unless that shares the embedding's weight."""
+    positions = [m for m in model.modules if m.kind == "embedding" and m.shape[0] < model.vocab_size]
+    found = [m for m in model.modules if m.kind == "embedding" or is_output_head(m.name)]
+    return [(m.shape[0], m.shape[1]) for m in found if m not in positions]
+
+
+def table_bytes(rows: int, width: int, bits: int) -> int:
+    """Packed numbers, and scales in float16."""
+    return rows * width * bits // 8 + 2 * rows * width // (default_group_size(width) or width)
+
+
+def embedding_misfits(model: ModelFacts) -> list[Problem]:
+    """Widths that no group size divides."""
+    wrong = sorted({width for _, width in tables(model) if not default_group_size(width)})
+    why = f"none of {', '.join(map(str, DEFAULT_GROUP_SIZES))} divides it"
+    fix = "leave embedding_bits out"
+    return [Problem("embedding_bits", f"embeddings {width} wide cannot be packed", why, fix) for width in wrong]
 
 
 def _layout(module: ModuleFact, bits: int, group_size: int) -> Layout:

@@ -14,9 +14,10 @@ from hyperion_core.facts import BitPlan
 from hyperion_core.quiet import ON_IMPORT, errors_only
 from torch import Tensor
 
-from .calibrated import quantize, sequences
+from .calibrated import quantize, rounded_head, sequences
 from .config import GptqConfig
 from .grouping import layouts
+from .packed_embedding import pack_embeddings, refuse_unpackable
 from .packed_linear import facts_of, packed_modules
 from .saved_format import written
 
@@ -48,13 +49,20 @@ def quantize_folder(
                 why="the plan leaves every linear module of the layers as it is",
                 fix="give some of them 8 bits or fewer, or leave quantization out",
             )
-        quantize(model, planned, config, sequences(rows, facts.context_length), ctx)
+        tokens = sequences(rows, facts.context_length)
+        if config.embedding_bits:
+            refuse_unpackable(model)
+        quantize(model, planned, config, tokens, ctx)
+        if config.embedding_bits:
+            pack_embeddings(
+                model, config.embedding_bits, rounded_head(model, config.embedding_bits, config, tokens, ctx)
+            )
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in types:
                 tensor.data = tensor.data.to(types[name])
         packed = packed_modules(model)
         left = [fact.name for fact in facts.linear() if fact.name not in packed]
-        model.config.quantization_config = written(config, packed, left, 1)
+        model.config.quantization_config = written(config, packed, left, 1, config.embedding_bits)
         model.save_pretrained(folder)
 
 

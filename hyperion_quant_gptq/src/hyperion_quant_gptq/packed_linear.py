@@ -15,6 +15,8 @@ from hyperion_core.live_facts import live_model_facts
 from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
+from .cpu_kernel import KernelWeight, fits
+from .packed_embedding import PackedEmbedding, PackedHead
 from .packing import pack, pack_zeros, unpack, unpack_zeros
 from .rounding import Rounded, in_order, restored
 
@@ -46,7 +48,8 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         self.register_buffer("qzeros", torch.zeros(groups, rows * bits // 32, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, rows, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(columns, dtype=torch.int32))
-        self._ordered = False
+        self._ordered = self._centred = False
+        self._kernel: KernelWeight | None = None
 
     def hold(self, found: Rounded) -> None:
         """Pack what was found for this module."""
@@ -55,8 +58,12 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         self.settle()
 
     def settle(self) -> None:
-        """Look, once its tensors are there, whether the groups are stretches of the row: these unpack faster."""
+        """Look, once its tensors are there, whether the groups are stretches of the row: these unpack faster. And
+        whether 0 is in the middle of the grid of all groups besides: these fit the kernel."""
         self._ordered = torch.equal(self.g_idx, in_order(self.in_features, self.group_size, self.g_idx.device))
+        zeros = unpack_zeros(self.qzeros, self.bits, self.version)
+        self._centred = self._ordered and bool((zeros == 2 ** (self.bits - 1)).all())
+        self._kernel = None
 
     @property
     def weight(self) -> Tensor:
@@ -70,11 +77,20 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         return restored(found, ordered=self._ordered)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = cast(Tensor, _Product.apply(input, self))
+        if self._centred and fits(input, (self.out_features, self.in_features), self.group_size):
+            y = self._packed_for_kernel().product(input)
+        else:
+            y = cast(Tensor, _Product.apply(input, self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def _packed_for_kernel(self) -> KernelWeight:
+        """Kept from the first product that it serves: as many bytes again."""
+        if self._kernel is None:
+            self._kernel = KernelWeight(unpack(self.qweight, self.bits).T, self.scales.T, self.bits)
+        return self._kernel
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        scales = self.scales
+        scales, self._kernel = self.scales, None
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:  # a model is cast as a whole; bfloat16 would round these
             self.scales = scales.to(self.scales.device)
@@ -101,10 +117,18 @@ class _Product(torch.autograd.Function):
 class _Sizes:
     """A packed module for who asks for its sizes alone: nothing is unpacked."""
 
-    weight = None
+    weight: Any = None
 
-    def __init__(self, module: PackedLinear) -> None:
+    def __init__(self, module: nn.Linear) -> None:
         self.in_features, self.out_features, self.bias = module.in_features, module.out_features, module.bias
+
+    def named_children(self) -> tuple[()]:
+        return ()
+
+
+class _EmbeddingSizes:
+    def __init__(self, module: PackedEmbedding) -> None:
+        self.weight, self.embedding_dim = module.table.packed, module.embedding_dim
 
     def named_children(self) -> tuple[()]:
         return ()
@@ -112,7 +136,17 @@ class _Sizes:
 
 def facts_of(model: nn.Module) -> ModelFacts:
     """`live_model_facts`, without unpacking a weight."""
-    return live_model_facts(model, unwrap=lambda module: _Sizes(module) if isinstance(module, PackedLinear) else module)
+
+    def unwrap(module: Any) -> Any:
+        if isinstance(module, PackedLinear):
+            return _Sizes(module)
+        if isinstance(module, PackedHead):
+            sizes = _Sizes(module)
+            sizes.weight = module.held.packed
+            return sizes
+        return _EmbeddingSizes(module) if isinstance(module, PackedEmbedding) else module
+
+    return live_model_facts(model, unwrap=unwrap)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:

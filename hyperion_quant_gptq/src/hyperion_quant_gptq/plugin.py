@@ -13,8 +13,18 @@ from hyperion_core.facts import BitPlan, Cost, ModelFacts, Provides, QuantInfo
 from hyperion_core.kinds import Quantizer
 
 from .config import GptqConfig
-from .grouping import AS_IT_IS, BITS, Layout, default_group_size, layouts, misfits
-from .saved_format import QUANT_METHOD, loading_config, read, written
+from .grouping import (
+    AS_IT_IS,
+    BITS,
+    Layout,
+    default_group_size,
+    embedding_misfits,
+    layouts,
+    misfits,
+    table_bytes,
+    tables,
+)
+from .saved_format import OURS, QUANT_METHOD, loading_config, read, written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +47,7 @@ class GptqQuantizer(Quantizer):
         devices=frozenset({"cpu", "cuda"}),
         dequantize=True,
         calibration=True,
-        reads=frozenset({QUANT_METHOD}),
+        reads=frozenset({QUANT_METHOD, OURS}),
     )
 
     # --- planning: no torch here ---
@@ -55,12 +65,18 @@ class GptqQuantizer(Quantizer):
         if device not in self.provides.devices:
             usable = " or ".join(sorted(self.provides.devices))
             problems.append(Problem("", f'gptq does not work on "{device}"', fix=f"train on {usable}"))
+        if config.embedding_bits:
+            problems += embedding_misfits(model)
         return problems or misfits(model, bits)
 
     def quantizer_estimate(self, config: GptqConfig, model: ModelFacts, bits: BitPlan, dtype: str) -> Cost:
         each = _DTYPE_BYTES[dtype]
         packed = layouts(model, bits)
         saved = sum(each * layout.shape[0] * layout.shape[1] - layout.nbytes for layout in packed)
+        if config.embedding_bits:
+            saved += sum(
+                each * rows * width - table_bytes(rows, width, config.embedding_bits) for rows, width in tables(model)
+            )
         total = model.parameters * each - saved
         return Cost({"weights": total}, disk=total)
 
@@ -81,7 +97,7 @@ class GptqQuantizer(Quantizer):
         folder: Path, ctx: RunContext,
     ) -> Path | None:  # fmt: skip
         if (saved := _saved(source)) is not None:
-            if saved.get("quant_method") != QUANT_METHOD:
+            if saved.get("quant_method") not in self.provides.reads:
                 raise CompatibilityError(
                     f'{source} is quantized already, by "{saved.get("quant_method")}"',
                     why="what rounding took away does not come back: a second rounding adds its error to the first",
@@ -103,7 +119,7 @@ class GptqQuantizer(Quantizer):
 
     def quantizer_load_kwargs(self, source: Path) -> dict[str, Any]:
         saved = _saved(source)
-        if saved is None or saved.get("quant_method") != QUANT_METHOD:
+        if saved is None or saved.get("quant_method") not in self.provides.reads:
             raise CompatibilityError(
                 f"{source} is no checkpoint of GPTQ",
                 why="its config.json says nothing of it",
@@ -112,6 +128,7 @@ class GptqQuantizer(Quantizer):
         return {"quantization_config": loading_config(saved)}
 
     def quantizer_after_load(self, model: Any, config: GptqConfig, bits: BitPlan, training: bool) -> Module:
+        from .packed_embedding import embedding_bits
         from .packed_linear import facts_of, packed_modules
 
         packed = packed_modules(model)
@@ -125,10 +142,13 @@ class GptqQuantizer(Quantizer):
             has, wanted = saved.get(key, key == "sym"), getattr(config, key)
             if packed and has != wanted:
                 raise _otherwise(f"it has {key}: {str(has).lower()}, and the plan says {key}: {str(wanted).lower()}")
+        has = embedding_bits(model)
+        if packed and has != config.embedding_bits:
+            raise _otherwise(f"it has embedding_bits: {has}, and the plan says embedding_bits: {config.embedding_bits}")
         for name, module in packed.items():
             _check_groups(name, module)
             module.settle()
-        model.config.quantization_config = {**saved, "quant_method": QUANT_METHOD}
+        model.config.quantization_config = {**saved, "quant_method": OURS if has else QUANT_METHOD}
         return model.requires_grad_(False)
 
     def quantizer_modules(self, model: Module) -> Mapping[str, QuantInfo]:
@@ -170,13 +190,14 @@ class GptqQuantizer(Quantizer):
         return packed
 
     def quantizer_save(self, model: Any, config: GptqConfig, folder: Path) -> list[Path]:
+        from .packed_embedding import embedding_bits
         from .packed_linear import facts_of, packed_modules
 
         packed = packed_modules(model)
         before, was = set(folder.iterdir()), getattr(model.config, "quantization_config", None)
         left = [fact.name for fact in facts_of(model).linear() if fact.name not in packed]
         version = next((module.version for module in packed.values()), 1)
-        model.config.quantization_config = written(config, packed, left, version)
+        model.config.quantization_config = written(config, packed, left, version, embedding_bits(model))
         try:
             model.save_pretrained(folder)
         finally:

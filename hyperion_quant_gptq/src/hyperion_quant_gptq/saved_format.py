@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .packed_linear import PackedLinear
 
 QUANT_METHOD = "gptq"
-_OURS = "hyperion_gptq"  # in this process alone: transformers' own loader of "gptq" knows no bits by module
+#: What transformers' own loader of "gptq" does not know. Written into checkpoints whose embeddings are packed; those
+#: without are loaded by it too, for bits by module, and say "gptq".
+OURS = "hyperion_gptq"
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
@@ -50,6 +52,8 @@ def read(saved: Mapping[str, Any], model: ModelFacts) -> Saved:
         options = {"sym": saved.get("sym", True), "desc_act": saved.get("desc_act", False)}
         if isinstance(saved.get("damp_percent"), float) and 0 < saved["damp_percent"] < 1:
             options["damp_percent"] = saved["damp_percent"]
+        if saved.get("embedding_bits") is not None:
+            options["embedding_bits"] = saved["embedding_bits"]
         GptqConfig.model_validate(options)
         named = str(saved.get("checkpoint_format") or saved.get("format") or "gptq")
         inside = [str(name) for names in saved.get("modules_in_block_to_quantize") or [] for name in names]
@@ -80,18 +84,25 @@ def read(saved: Mapping[str, Any], model: ModelFacts) -> Saved:
     return Saved(options, default, modules, _VERSIONS[named])
 
 
-def written(config: GptqConfig, packed: Mapping[str, PackedLinear], left: list[str], version: int) -> dict[str, Any]:
+def written(
+    config: GptqConfig,
+    packed: Mapping[str, PackedLinear],
+    left: list[str],
+    version: int,
+    embedding_bits: int | None = None,
+) -> dict[str, Any]:
     """The inverse: `quantization_config` as gptqmodel, transformers and others read it.
 
     Args:
         packed: the quantized modules by name.
         left: linear modules of the layers that are not quantized.
+        embedding_bits: of embedding and output head; None where they are not packed.
     """
     modules = {name: (packed[name].bits, size) for name, size in _written_group_sizes(packed).items()}
     (bits, group_size), _ = Counter(modules.values()).most_common(1)[0]
     named = next(name for name, number in _VERSIONS.items() if number == version)
     saved: dict[str, Any] = {
-        "quant_method": QUANT_METHOD,
+        "quant_method": OURS if embedding_bits else QUANT_METHOD,
         "bits": bits,
         "group_size": group_size,
         "sym": config.sym,
@@ -113,6 +124,8 @@ def written(config: GptqConfig, packed: Mapping[str, PackedLinear], left: list[s
     if left and not dynamic:  # transformers' own loader knows this list, and not the patterns
         saved["modules_in_block_to_quantize"] = [list(modules)]
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in left}
+    if embedding_bits:
+        saved["embedding_bits"] = embedding_bits
     return {**saved, "dynamic": dynamic} if dynamic else saved
 
 
@@ -137,7 +150,7 @@ def loading_config(saved: Mapping[str, Any]) -> Any:
 
     class Loading(GPTQConfig):
         def get_loading_attributes(self) -> dict[str, Any]:
-            return {"quant_method": _OURS, "hyperion_saved": dict(saved)}
+            return {"quant_method": OURS, "hyperion_saved": dict(saved)}
 
     Loading.__name__ = "GPTQConfig"  # transformers compares the names
     warnings.filterwarnings("ignore", message=r"You passed `quantization_config`[\s\S]*hyperion_saved")
@@ -149,10 +162,12 @@ def _register_with_transformers() -> None:
     """Teach `from_pretrained` to make room for the packed weights of a checkpoint."""
     from hyperion_core.live_facts import live_model_facts
     from transformers.quantizers import HfQuantizer
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import GPTQConfig
 
     class Loader(HfQuantizer):
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            from .packed_embedding import pack_embeddings
             from .packed_linear import PackedLinear
 
             found = read(self.quantization_config.hyperion_saved, live_model_facts(model))
@@ -164,6 +179,8 @@ def _register_with_transformers() -> None:
                         shape, linear.bias, bits, group_size, sym=found.options["sym"], version=found.version
                     )
                 model.set_submodule(name, packed)
+            if bits := found.options.get("embedding_bits"):
+                pack_embeddings(model, bits)
 
         def is_serializable(self) -> bool:
             return True
@@ -172,7 +189,8 @@ def _register_with_transformers() -> None:
         def is_trainable(self) -> bool:
             return True
 
-    AUTO_QUANTIZER_MAPPING[_OURS] = Loader
+    AUTO_QUANTIZER_MAPPING[OURS] = Loader
+    AUTO_QUANTIZATION_CONFIG_MAPPING[OURS] = GPTQConfig
 
 
 def _overridden(dynamic: Mapping[str, Mapping[str, Any]], name: str, default: tuple[int, int]) -> tuple[int, int]:

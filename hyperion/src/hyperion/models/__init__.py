@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .standalone import load_standalone as load_standalone
     from .tuned import load_tuned as load_tuned
 
 
@@ -13,4 +14,8 @@ def __getattr__(name: str) -> Any:
         from .tuned import load_tuned
 
         return load_tuned
+    if name == "load_standalone":
+        from .standalone import load_standalone
+
+        return load_standalone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

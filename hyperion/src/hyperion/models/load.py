@@ -17,6 +17,7 @@ from .quiet import quiet_transformers
 from .source import BaseModelSource, check_model_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("hyperion")
@@ -93,13 +94,15 @@ def load_model(
     *,
     dtype: str,
     device: str,
+    mapped: bool = False,
     trust_remote_code: bool = False,
     load_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The causal language model in a folder, from safetensors alone, every weight of it from the files.
 
     `dtype` is "float32", "bfloat16" or "float16"; `device` "cuda", "mps" or "cpu". `load_kwargs` go to
-    `from_pretrained` and come before both (a quantizer's `quantization_config`, a strategy's `device_map`).
+    `from_pretrained` and come before both (a quantizer's `quantization_config`, a strategy's `device_map`). `mapped`
+    leaves the weights in their files, of which the system reads what is used; then nothing else applies.
 
     Raises:
         ModelError: it is no causal language model, a weight is missing or has the wrong shape, a layer of the model
@@ -111,6 +114,12 @@ def load_model(
     check_model_folder(folder, str(folder))
     config = read_config(folder)
     check_causal_lm(config, str(folder))
+    if mapped:
+        from ..acceleration.streaming import let_go, mapped_model
+
+        in_files = mapped_model(folder, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        _check_finite(in_files, folder, then=let_go)
+        return in_files
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
@@ -165,19 +174,19 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], folder: Path)
         log.warning("%s holds weights that this architecture has no use for: %s", folder, some(unexpected))
 
 
-def _check_finite(model: PreTrainedModel, folder: Path) -> None:
-    """One NaN in the base makes every loss NaN."""
+def _check_finite(model: PreTrainedModel, folder: Path, then: Callable[[Tensor], None] | None = None) -> None:
+    """One NaN in the base makes every loss NaN. `then` is called on each weight that was read."""
     import torch
 
-    bad = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point()
-        and weight.numel()
-        and weight.device.type != "meta"
+    bad = []
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or not weight.numel() or weight.device.type == "meta":
+            continue
         # NaN comes through a minimum and a maximum; unlike isfinite() they need no memory of the weight's size.
-        and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight.detach()))
-    ]
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight.detach())):
+            bad.append(name)
+        if then is not None:
+            then(weight)
     if bad:
         raise ModelError(
             f"{folder}: {len(bad)} weights hold numbers that are not finite (NaN or infinity)",

@@ -1,0 +1,63 @@
+"""Fast products on a CPU: torch's own kernel for weights in 4 bits. Loaded only with torch.
+
+A token that is generated reads every weight once, so that its time is the bytes that are read. torch has a kernel that
+reads 4 bits a weight and unpacks them in registers (`aten::_weight_int4pack_mm_for_cpu`, in bfloat16); it computes
+(q - 8) * scale + offset, in groups along a row. 2 and 3 bits fit into it, and 8 are two weights of 4 bits. Grids with
+zero points of their own do not: they take more room, or, by way of the offset, lose digits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GROUP_SIZES = frozenset({32, 64, 128, 256})
+_ROWS = 16  # a multiple of so many outputs
+_MOST_INPUTS = 256  # of more it is faster to unpack the weight once
+_MIDDLE = 8
+
+
+def fits(x: Tensor, shape: tuple[int, int], group_size: int) -> bool:
+    """Whether the kernel can multiply inputs (..., in) with a weight of this shape, (out, in), and is the faster way.
+
+    Never where gradients are wanted: it has none. Processors other than x86's have the kernel, without its speed.
+    """
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and group_size in _GROUP_SIZES
+        and shape[0] % _ROWS == 0
+        and x.numel() <= _MOST_INPUTS * shape[1]
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    )
+
+
+class KernelWeight:
+    """(numbers - 2^(bits - 1)) * scale, as the kernel wants it; scales are rounded to bfloat16.
+
+    Args:
+        numbers: uint8 (out, in), below 2^bits.
+        scale: (out, groups).
+    """
+
+    def __init__(self, numbers: Tensor, scale: Tensor, bits: int) -> None:
+        scale = scale.float()
+        self.group_size = numbers.shape[1] // scale.shape[1]
+        if bits <= 4:
+            self.parts = [_part(numbers + (_MIDDLE - 2 ** (bits - 1)), scale, torch.zeros_like(scale))]
+        else:
+            above = _part(numbers >> 4, 16 * scale, torch.zeros_like(scale))
+            self.parts = [above, _part(numbers & 15, scale, _MIDDLE * scale)]
+
+    def product(self, x: Tensor) -> Tensor:
+        """x · Wᵀ: bfloat16 (..., in) to (..., out)."""
+        flat = x.flatten(0, -2)
+        found = [torch.ops.aten._weight_int4pack_mm_for_cpu(flat, part, self.group_size, of) for part, of in self.parts]
+        total: Tensor = sum(found[1:], start=found[0])
+        return total.unflatten(0, x.shape[:-1])
+
+
+def _part(numbers: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int().contiguous(), 1)
+    return packed, torch.stack([scale.T, offset.T], -1).bfloat16().contiguous()

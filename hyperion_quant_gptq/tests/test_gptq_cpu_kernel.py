@@ -1,0 +1,92 @@
+"""The fast product on a CPU is the product, is taken where it may be, and never where gradients are wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperion_quant_gptq import cpu_kernel
+from hyperion_quant_gptq.packed_embedding import PackedTable
+from hyperion_quant_gptq.packed_linear import PackedLinear
+from hyperion_quant_gptq.rounding import rounded
+
+SHAPE = (64, 128)  # (out, in)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Inputs of each call of the kernel."""
+    seen: list[int] = []
+    true = cpu_kernel.KernelWeight.product
+
+    def product(self: Any, x: Tensor) -> Tensor:
+        seen.append(x.shape[:-1].numel())
+        return true(self, x)
+
+    monkeypatch.setattr(cpu_kernel.KernelWeight, "product", product)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # elsewhere it is right too, but slow
+    return seen
+
+
+def linear(bits: int, group_size: int = 32, *, sym: bool = True) -> PackedLinear:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) + (0 if sym else 1)
+    module = PackedLinear(SHAPE, torch.nn.Parameter(torch.ones(SHAPE[0])), bits, group_size, sym=sym, version=1)
+    module.hold(rounded(weight, bits, group_size, sym))
+    return module
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, SHAPE[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_it_is_the_product_with_the_unpacked_weight(bits: int, group_size: int, products: list[int]) -> None:
+    """As nearly as bfloat16 computes it; for one token and several."""
+    module = linear(bits, group_size)
+    for shape in ((1, 1), (2, 3), (256,)):
+        x = inputs(*shape)
+        with torch.no_grad():
+            found = module(x)
+        expected = x.double() @ module.unpacked().double().T + 1
+        assert found.dtype == torch.bfloat16 and found.shape == (*shape, SHAPE[0])
+        assert ((found - expected).norm() / expected.norm()) < 2**-7
+    assert products == [1, 6, 256]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_head_takes_it_too(bits: int, products: list[int]) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    table = PackedTable(SHAPE, bits)
+    table.hold(rounded(weight, bits, table.group_size, sym=True))
+    with torch.no_grad():
+        found = table.product(inputs(5))
+    expected = inputs(5).double() @ table.rows().double().T
+    assert ((found - expected).norm() / expected.norm()) < 2**-7 and products == [5]
+
+
+def test_it_is_not_taken_where_it_may_not_be(products: list[int]) -> None:
+    """With gradients, in float32, for many inputs, with zero points: then the weight is unpacked."""
+    module, x = linear(4), inputs(4)
+    module(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        module(x.float())
+        module(inputs(257))
+        linear(4, sym=False)(x)
+        linear(4, group_size=16)(x)
+    assert not products
+
+
+def test_what_it_keeps_is_made_anew_when_the_weight_changes(products: list[int]) -> None:
+    module, x = linear(4), inputs(4)
+    with torch.no_grad():
+        before = module(x)
+        module.hold(rounded(-module.unpacked(), 4, 32, True))
+        after = module(x)
+    assert len(products) == 2
+    torch.testing.assert_close(after - 1, 1 - before, rtol=0.2, atol=2.0)
+    assert not torch.equal(after, before)
