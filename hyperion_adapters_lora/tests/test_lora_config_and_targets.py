@@ -35,8 +35,13 @@ def facts(model_type: str = "llama", tied: bool = True) -> ModelFacts:
 @pytest.mark.parametrize(
     "options, path, words",
     [
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights", "changes the base's weights"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights", "activations on data"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights", "must stay as it is"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights", "start from data too"),
+        ({"init_lora_weights": "pissa_niter_"}, "init_lora_weights", "no test here covers it"),
+        ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias", "no test here covers it"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, "eva_config", "ranks stay as configured"),
+        ({"init_rows": 4}, "init_rows", "looks at no data"),
+        ({"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio", "1.0 or more"),
         ({"init_lora_weights": "orthogonal", "r": 5}, "init_lora_weights", "r is 5"),
         ({"layer_replication": [[0, 1]]}, "layer_replication", "changes the base"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices", "new_tokens"),

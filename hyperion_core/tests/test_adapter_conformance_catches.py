@@ -10,7 +10,7 @@ from hyperion_core.artifact import read_json, write_json
 from hyperion_core.config import AdapterConfig
 from hyperion_core.context import RunContext
 from hyperion_core.errors import ArtifactError, Problem
-from hyperion_core.facts import Capabilities, Cost, ModelFacts, ParamGroup
+from hyperion_core.facts import Capabilities, Cost, ModelFacts, ParamGroup, Recommendation
 from hyperion_core.hooks import RunHooks
 from hyperion_core.kinds import Adapter
 from hyperion_core.registry import Registry
@@ -269,6 +269,19 @@ class NeedsNonsense(ScaleAdapter):
     capabilities = Capabilities(mergeable=True, needs=frozenset({"forward", "dequantise"}))
 
 
+class RecommendsWhatItDoesNotKnow(ScaleAdapter):
+    def adapter_recommend(self) -> Recommendation:
+        return Recommendation({"tragets": "up_proj"})
+
+
+class RecommendsWhatItRefuses(ScaleAdapter):
+    def adapter_recommend(self) -> Recommendation:
+        return Recommendation({"target": "up_proj"})
+
+    def adapter_check(self, config: Any) -> list[Problem]:
+        return [Problem("target", "not on this base")] if config.target == "up_proj" else []
+
+
 class DeclaresTwice(ScaleAdapter):
     def adapter_param_groups(self, model: Any, name: str, config: Any) -> list[ParamGroup]:
         return super().adapter_param_groups(model, name, config) * 2
@@ -376,6 +389,12 @@ BROKEN = [
     (RefusesTheBase, "test_the_config_fits_the_base", "refuses these options on the base: target: not on this base"),
     (BlamesAnUnknownBase, "test_planning_an_unknown_base_is_possible", "blames the config for an unknown base"),
     (NeedsNonsense, "test_a_base_that_cannot_give_what_it_needs_is_refused", r"mean nothing: \['dequantise'\]"),
+    (
+        RecommendsWhatItDoesNotKnow,
+        "test_what_it_recommends_can_be_planned",
+        "adapter_recommend gives options that are refused",
+    ),
+    (RecommendsWhatItRefuses, "test_what_it_recommends_can_be_planned", "adapter_check refuses what adapter_recommend"),
     (DeclaresTwice, "test_only_the_declared_parameters_train", "gives a parameter more than once"),
     (DeclaresTheBase, "test_only_the_declared_parameters_train", "gives parameters that do not train: .*lm_head"),
     (DeclaresInAnyOrder, "test_only_the_declared_parameters_train", "has no stable order"),

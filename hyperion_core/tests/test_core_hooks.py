@@ -35,7 +35,7 @@ def test_a_missing_hook():
 
     error = refused(Mine)
     assert "lacks the hook objective_loss" in error.what
-    assert error.fix == "add a method objective_loss(self, config, logps, segments, reference, normalizer)"
+    assert error.fix == "add a method objective_loss(self, config, logps, segments, scores, reference, normalizer)"
 
 
 def test_a_misspelt_hook_with_the_kinds_prefix():

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from hyperion_core.context import RunContext
 from hyperion_core.errors import CompatibilityError, Problem
-from hyperion_core.facts import Capabilities, ModelFacts, ModuleFact, Provides, Workload
+from hyperion_core.facts import (
+    Capabilities,
+    Cost,
+    ModelFacts,
+    ModuleFact,
+    ParamGroup,
+    Provides,
+    Recommendation,
+    Workload,
+)
+from hyperion_core.quiet import ON_IMPORT, errors_only
 
 from hyperion_peft import ALL_LINEAR, PeftAdapter, Selection, Targets, peft_mapping
 from hyperion_peft.cost import BYTES, fp32_copy
 
+from . import recommended
 from .config import REFUSED, LoraConfig
 
 if TYPE_CHECKING:
     import peft
+    from torch import Tensor
+    from torch.nn import Module
 
+    from .start import Start
+
+Number = TypeVar("Number", int, float)
 _MAPPING = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 _BASE_CHANGING = ("pissa", "olora", "loftq", "lora_ga", "corda")
+_LESS_AND_LESS = ((True, True), (False, True), (False, False))  # with the start, with the rank
+_OURS = ("type", "init_rows", "loraplus_lr_ratio")  # options that PEFT does not know
 
 
 class LoraAdapter(PeftAdapter):
-    """Low-rank adapters. Left out, target_modules is PEFT's choice for the architecture, or all linear modules."""
+    """Low-rank adapters. Left out, target_modules is PEFT's choice for the architecture, or all linear modules.
+
+    An initialisation with an offset (see `offset`) is an adapter of rank 2r to PEFT. What `adapter_prepare` computes
+    waits in the instance for `adapter_apply`.
+    """
 
     config_class = LoraConfig
     capabilities = Capabilities(mergeable=True, new_tokens=True)
     peft_type = "LORA"
     wraps = frozenset({"linear", "embedding"})
     scales = True
+
+    def __init__(self) -> None:
+        self._prepared: tuple[LoraConfig, dict[str, Start]] | None = None
 
     def selection(self, config: LoraConfig, model: ModelFacts) -> Selection:
         return Selection(
@@ -42,7 +70,7 @@ class LoraAdapter(PeftAdapter):
     def peft_config(self, config: LoraConfig, targets: Targets, tokens: Mapping[str, list[int]]) -> peft.LoraConfig:
         import peft
 
-        options = {key: value for key, value in config.given().items() if key != "type"}
+        options = {key: value for key, value in config.given().items() if key not in _OURS}
         options["target_modules"] = targets.names
         options["modules_to_save"] = list(targets.saved_paths) or None
         options["task_type"] = config.task_type
@@ -52,7 +80,24 @@ class LoraAdapter(PeftAdapter):
                 options.pop(key, None)  # the names above are what is left
         for key in ("rank_pattern", "alpha_pattern"):
             options[key] = options.get(key) or {}
+        if config.init_source:
+            options["init_lora_weights"] = True  # the values are ours, and come afterwards
+        if config.has_offset:
+            options |= self._doubled(config, targets)
         return peft.LoraConfig(**options)
+
+    def _doubled(self, config: LoraConfig, targets: Targets) -> dict[str, Any]:
+        """Twice the rank, with the scaling of the rank that was asked for; embeddings stay as they are."""
+        factor = math.sqrt(2) if config.use_rslora else 2
+        plain = [module for module in targets.modules if module.kind == "embedding"]
+        ranks = {module.name: self._rank(config, module) for module in plain}
+        alphas = {module.name: self._alpha(config, module) for module in plain}
+        return {
+            "r": 2 * config.r,
+            "lora_alpha": factor * config.lora_alpha,
+            "rank_pattern": _before(ranks, config.rank_pattern, 2),
+            "alpha_pattern": _before(alphas, config.alpha_pattern, factor),
+        }
 
     def parameters_of(self, config: LoraConfig, module: ModuleFact, targets: Targets) -> int:
         out, into = module.shape
@@ -72,14 +117,24 @@ class LoraAdapter(PeftAdapter):
 
     def kept_of(self, config: LoraConfig, module: ModuleFact, targets: Targets, work: Workload) -> float:
         into = 0 if module.kind == "embedding" else module.shape[1]
-        kept = BYTES * self._rank(config, module) + fp32_copy([into], work)
+        kept = BYTES * self._rank(config, module) * (1 + self._has_offset(config, module)) + fp32_copy([into], work)
         if config.lora_dropout:
             kept += (BYTES + 1) * into  # the dropped-out input, and its mask
         return kept
 
     def further_bytes(self, config: LoraConfig, targets: Targets) -> int:
+        # An offset's frozen copies, and the stacks of twice their size that autograd keeps.
+        offset = 3 * BYTES * self._in_offset(config, targets)
         # DoRA builds the whole updated weight of one module at a time, to take its norm.
-        return BYTES * max((m.shape[0] * m.shape[1] for m in targets.modules), default=0) if config.use_dora else 0
+        whole = max((m.shape[0] * m.shape[1] for m in targets.modules), default=0) if config.use_dora else 0
+        return offset + BYTES * whole
+
+    def adapter_estimate(self, config: Any, model: ModelFacts, work: Workload) -> Cost:
+        cost = super().adapter_estimate(config, model, work)
+        if not (config.has_offset and model.known):
+            return cost
+        more = self._in_offset(config, self.resolve(config, model))
+        return cost + Cost(disk=BYTES * more, flops=6.0 * more)
 
     def further_problems(self, config: LoraConfig, model: ModelFacts, quantizer: Provides | None) -> list[Problem]:
         if config.use_dora and quantizer is not None and "dequantize" not in quantizer.offers():
@@ -91,7 +146,29 @@ class LoraAdapter(PeftAdapter):
                     "use_dora: false, or another quantizer",
                 )
             ]
-        return self._rank_problems(config, model)
+        return self._rank_problems(config, model) or self._start_problems(config, model)
+
+    def _start_problems(self, config: LoraConfig, model: ModelFacts) -> list[Problem]:
+        """A matrix has no more singular vectors than its shorter side is long."""
+        if config.init_source is None or not model.known:
+            return []
+        init = f'init_lora_weights "{config.init_lora_weights}"'
+        linear = [module for module in self._wrapped(config, model) if module.kind == "linear"]
+        times = 2 if config.init_source == "gradients" else 1
+        wanted = {module: times * self._rank(config, module) for module in linear}
+        short = [m for m in linear if wanted[m] > (m.shape[1] if config.init_source == "activations" else min(m.shape))]
+        if not short:
+            return []
+        module = short[0]
+        return [
+            Problem(
+                "r",
+                f"{init} needs a smaller rank in {module.name}",
+                f"it takes {wanted[module]} directions at rank {self._rank(config, module)}, and the module, "
+                f"{module.shape[0]}×{module.shape[1]}, does not have so many",
+                "lower r, or the module's rank in rank_pattern, or leave the module out",
+            )
+        ]
 
     def _rank_problems(self, config: LoraConfig, model: ModelFacts) -> list[Problem]:
         """A rank above that of every module's whole weight: it costs memory and can learn nothing more."""
@@ -109,6 +186,96 @@ class LoraAdapter(PeftAdapter):
             return self.resolve(config, model).modules
         except CompatibilityError:  # the modules themselves are refused, by the caller
             return ()
+
+    def adapter_recommend(self, config: LoraConfig, model: ModelFacts, quantizer: Provides | None) -> Recommendation:
+        """The table of `recommended`, without what this base is too small for."""
+        tried = (recommended.options_for(config, model, start=start, rank=rank) for start, rank in _LESS_AND_LESS)
+        for options in tried:
+            wanted = LoraConfig.parse({**config.given(), **options})
+            if not self.further_problems(wanted, model, quantizer):
+                break
+        return Recommendation(options, recommended.TRAINING, recommended.BASIS)
+
+    # --- the start ---
+
+    def adapter_prepare(
+        self, config: LoraConfig, model: Module, batches: Iterable[Mapping[str, Tensor]], ctx: RunContext
+    ) -> LoraConfig | None:
+        """EVA and LoRA-GA look at the data; the others need none."""
+        if config.init_source not in ("activations", "gradients"):
+            return None
+        with errors_only(*ON_IMPORT):
+            from hyperion_peft.attach import facts_of
+
+            from .initialising import from_data
+
+        facts = facts_of(model)
+        problems = self.further_problems(config, facts, None)
+        if problems:
+            raise CompatibilityError(problems[0].what, why=problems[0].why, fix=problems[0].fix)
+        linear = [module for module in self.resolve(config, facts).modules if module.kind == "linear"]
+        ranks = {module.name: self._rank(config, module) for module in linear}
+        self._prepared = config, from_data(model, config, ranks, linear, batches, ctx)
+        return config
+
+    def starts(self, model: Module, config: LoraConfig, targets: Targets, ctx: RunContext) -> dict[str, Start]:
+        if config.init_source is None:
+            return {}
+        if config.init_source == "weights":
+            from .initialising import from_weights
+
+            linear = [module for module in targets.modules if module.kind == "linear"]
+            wanted = {m.name: (self._rank(config, m), self._scaling(config, m)) for m in linear}
+            return from_weights(model, config, wanted, ctx)
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared[0] != config:
+            raise CompatibilityError(
+                f'an adapter that starts by "{config.init_lora_weights}" cannot be attached without data',
+                why="adapter_prepare was not called with this config before adapter_apply",
+                fix='call it, or choose an initialisation that needs no data, such as "pissa"',
+            )
+        return prepared[1]
+
+    def begin(self, model: Module, name: str, starts: Mapping[str, Start]) -> None:
+        from .offset import begin
+
+        begin(model, name, starts)
+
+    # --- training, files ---
+
+    def adapter_param_groups(self, model: Module, name: str, config: Any) -> list[ParamGroup]:
+        """One group; with LoRA+ (Hayou et al. 2024, arXiv:2402.12354) a second one of B, and, as in PEFT's helper, of
+        all that is one-dimensional. LoRA of an embedding keeps the run's learning rate."""
+        groups = super().adapter_param_groups(model, name, config)
+        ratio = config.loraplus_lr_ratio or 1.0
+        if ratio == 1.0 or not groups:
+            return groups
+        parameters = groups[0].parameters
+        fast = [pair for pair in parameters if ".lora_B." in pair[0] or pair[1].ndim == 1]
+        slow = [pair for pair in parameters if not (".lora_B." in pair[0] or pair[1].ndim == 1)]
+        both = ParamGroup(name, tuple(slow)), ParamGroup(f"{name}.B", tuple(fast), lr_ratio=ratio)
+        return [group for group in both if group.parameters]
+
+    def adapter_save(self, model: Module, name: str, config: Any, folder: Path, for_resume: bool) -> list[Path]:
+        """PEFT's two files. With an offset, an ordinary LoRA of rank 2r; to resume, with what is trained in its first
+        half and what is frozen in its second."""
+        from hyperion_peft import files
+
+        from . import offset
+
+        halves = offset.halves(model, name) if for_resume else {}
+        return files.save(model, name, Path(folder), halves, {offset.MARK: "halves"} if halves else {})
+
+    def adapter_load(self, model: Module, name: str, folder: Path, trainable: bool, ctx: RunContext) -> Module:
+        """Attach a saved one; what was saved to resume, with an offset, has it again."""
+        model = super().adapter_load(model, name, folder, trainable, ctx)
+        from hyperion_peft import files
+
+        from . import offset
+
+        if offset.MARK in files.read_marks(Path(folder)):
+            offset.go_on(model, name)
+        return model
 
     def merge_options(self, layer: Any, name: str, module: str) -> dict[str, Any]:
         if name not in getattr(layer, "r", {}):
@@ -138,13 +305,37 @@ class LoraAdapter(PeftAdapter):
         config.init_lora_weights = True  # the values come from the file: nothing costly is to be computed first
         return ""
 
+    def _in_offset(self, config: LoraConfig, targets: Targets) -> int:
+        """Numbers in all frozen copies."""
+        return sum(self._rank(config, m) * sum(m.shape) for m in targets.modules if self._has_offset(config, m))
+
+    @staticmethod
+    def _has_offset(config: LoraConfig, module: ModuleFact) -> bool:
+        return config.has_offset and module.kind == "linear"
+
+    def _scaling(self, config: LoraConfig, module: ModuleFact) -> float:
+        rank = self._rank(config, module)
+        return self._alpha(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+
+    def _alpha(self, config: LoraConfig, module: ModuleFact) -> float:
+        return _by_pattern(config.alpha_pattern, module, config.lora_alpha)
+
     @staticmethod
     def _rank(config: LoraConfig, module: ModuleFact) -> int:
-        """By peft's rule: the first pattern that is, or ends, the module's name."""
-        for pattern, rank in (config.rank_pattern or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module.name):
-                return rank
-        return config.r
+        return _by_pattern(config.rank_pattern, module, config.r)
+
+
+def _before(own: Mapping[str, Any], patterns: Mapping[str, Any] | None, factor: float) -> dict[str, Any]:
+    """`own` first, since the first pattern that fits counts, and then the others times `factor`."""
+    return {**own, **{name: factor * value for name, value in (patterns or {}).items() if name not in own}}
+
+
+def _by_pattern(patterns: Mapping[str, Number] | None, module: ModuleFact, default: Number) -> Number:
+    """By peft's rule: the first pattern that is, or ends, the module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module.name):
+            return value
+    return default
 
 
 # Options that a plain PEFT adapter may have, and that loading, training and merging take as they are.

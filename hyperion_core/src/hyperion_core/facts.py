@@ -48,6 +48,7 @@ class ModelFacts:
     context_length: int = 0
     tied_embeddings: bool = False
     why_unknown: str = ""
+    attention_heads: int = 0
 
     @property
     def known(self) -> bool:
@@ -128,6 +129,16 @@ class World:
 
 
 # --- adapters -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """Settings for what a config leaves out: `options` of the adapter's own, and keys of `training:` to go with them
+    under AdamW. `basis` says in a few words where they come from; the plan shows it."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    basis: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +263,16 @@ class Segments:
     sequence: Any
     token: Any
     roles: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Of the logits at the positions that predict the N supervised tokens, float32 with gradient: `logsumexp` (N,) is
+    log Σ exp(logits); `mean_logit()` gives the mean over the vocabulary, (N,). So the log-probabilities of all words
+    have the mean `mean_logit() - logsumexp`."""
+
+    logsumexp: Any
+    mean_logit: Callable[[], Any]
 
 
 # --- strategies, deployment, evaluation, guards -------------------------------------------------

@@ -48,10 +48,12 @@ if TYPE_CHECKING:
         ParamGroup,
         Provides,
         QuantInfo,
+        Recommendation,
         RowFacts,
         Score,
         Segments,
         Sequence,
+        TokenScores,
         Verdict,
         Workload,
         World,
@@ -81,6 +83,14 @@ class AdapterSpecs:
     @driver
     def adapter_estimate(self, config: AdapterConfig, model: ModelFacts, work: Workload) -> Cost:
         """★ Torch-free. What it adds to one step: "adapter" (its weights) and "activations", in bytes."""
+
+    @driver
+    def adapter_recommend(
+        self, config: AdapterConfig, model: ModelFacts, quantizer: Provides | None
+    ) -> Recommendation | None:
+        """Torch-free. What `quality: auto` fills in: settings that were measured to be good, for what `config` leaves
+        out. They are valid together with what it says (`config.given()`), which they never replace. None: nothing is
+        recommended for this config on this base."""
 
     @driver
     def adapter_prepare(
@@ -266,11 +276,17 @@ class ObjectiveSpecs:
 
     @driver
     def objective_loss(
-        self, config: PluginConfig, logps: Tensor, segments: Segments, reference: Tensor | None, normalizer: Tensor
+        self,
+        config: PluginConfig,
+        logps: Tensor,
+        segments: Segments,
+        scores: TokenScores,
+        reference: Tensor | None,
+        normalizer: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """★ Scalar loss and metrics. logps, reference: (N,) fp32 log-probabilities of the supervised tokens of one
-        micro-batch; normalizer: supervised tokens of the whole optimizer step, so that the micro-batches' losses
-        add up to the step's."""
+        micro-batch; scores: what else of the logits a loss may use (label smoothing, z-loss); normalizer: supervised
+        tokens of the whole optimizer step, so that the micro-batches' losses add up to the step's."""
 
 
 class StrategySpecs:

@@ -11,14 +11,15 @@ import pytest
 from ..compatibility import check_pair
 from ..config import AdapterConfig
 from ..context import RunContext
-from ..errors import ArtifactError
-from ..facts import ModelFacts, ParamGroup, Provides, Workload
+from ..errors import ArtifactError, ConfigError
+from ..facts import ModelFacts, ParamGroup, Provides, Recommendation, Workload
 from ..hooks import RunHooks
 from ..kinds import Adapter, Quantizer
 from ..live_facts import live_model_facts
 from ..plan import Plan
 from ..specs import AdapterSpecs
 from .bits import copies, digest, equal, saved_tensors
+from .planning import planning
 from .plugins import PluginConformance
 from .refused import refused
 from .tiny import tiny_llama
@@ -114,6 +115,18 @@ class AdapterConformance(PluginConformance):
             "a base without full-precision weights is judged wrongly"
         )
         assert check_pair(plugin_class, _OpenQuantizer) is None, "a base that offers everything is refused"
+
+    def test_what_it_recommends_can_be_planned(self, hooks: AdapterSpecs, config: AdapterConfig) -> None:
+        """What `adapter_recommend` gives, where a plugin has it, fits the config and the base."""
+        facts = self.facts()
+        with planning("adapter_recommend"):
+            found = hooks.adapter_recommend(config=config, model=facts, quantizer=None) or Recommendation()
+        try:
+            filled = type(config).parse({**found.options, **config.given()})
+        except ConfigError as error:
+            pytest.fail(f"adapter_recommend gives options that are refused: {error}")
+        problems = hooks.adapter_check(config=filled, model=facts, quantizer=None) or []
+        assert not problems, f"adapter_check refuses what adapter_recommend gives: {'; '.join(map(str, problems))}"
 
     # --- training ---
 

@@ -79,6 +79,13 @@ class PeftAdapter(ABC, Adapter):
         """What else stands against a config; the base may be unknown."""
         return []
 
+    def starts(self, model: Module, config: Any, targets: Targets, ctx: RunContext) -> Mapping[str, Any]:
+        """First values that the method itself computes, before anything is attached, by names of wrapped modules."""
+        return {}
+
+    def begin(self, model: Module, name: str, starts: Mapping[str, Any]) -> None:
+        """Put what `starts` gave, which is not empty, into the attached adapter."""
+
     def merge_options(self, layer: Any, name: str, module: str) -> dict[str, Any]:
         """Fields of the peft config under which one wrapped layer is merged alone, called `module` there."""
         return {}
@@ -126,10 +133,14 @@ class PeftAdapter(ABC, Adapter):
         problems = self.further_problems(config, facts, None)
         if problems:
             raise CompatibilityError(problems[0].what, why=problems[0].why, fix=problems[0].fix)
-        tokens = self._token_rows(model, ctx.new_token_ids, facts)
-        peft_config = self.peft_config(config, self.resolve(config, facts), tokens)
+        tokens, targets = self._token_rows(model, ctx.new_token_ids, facts), self.resolve(config, facts)
+        starts = self.starts(model, config, targets, ctx)
+        peft_config = self.peft_config(config, targets, tokens)
         peft_config.base_model_name_or_path = files.public_base_name(ctx.plan.config, attach.base_of(model))
-        return attach.attach(model, name, peft_config, ctx.seed)
+        model = attach.attach(model, name, peft_config, ctx.seed)
+        if starts:
+            self.begin(model, name, starts)
+        return model
 
     def adapter_param_groups(self, model: Module, name: str, config: AdapterConfig) -> list[ParamGroup]:
         from .attach import declared

@@ -28,17 +28,29 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 
 
-def save(model: nn.Module, name: str, folder: Path) -> list[Path]:
-    """Write exactly the tensors of `name`; each file whole or not at all."""
+def save(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    instead: Mapping[str, torch.Tensor] | None = None,
+    marks: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write exactly the tensors of `name`; each file whole or not at all.
+
+    Args:
+        instead: tensors by key that take the place of those that the adapter computes with.
+        marks: what a reader is told of the tensors; `read_marks` gives it back.
+    """
     config = adapter_config(model, name)
     folder.mkdir(parents=True, exist_ok=True)
     waiting = state_of(model).tuned_biases if state_of(model).bias_owner == name else {}
-    tensors = {t.key: waiting.get(t.name, t.parameter).detach().cpu().contiguous() for t in declared(model, name)}
+    found = {t.key: waiting[t.name] if t.name in waiting else t.value() for t in declared(model, name)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in {**found, **(instead or {})}.items()}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     content["inference_mode"] = True  # what plain peft makes of it is for use; training is asked for when loading
     write_json(folder / CONFIG, dict(sorted(content.items())))
     partial = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    save_file(tensors, partial, metadata={"format": "pt", **(marks or {})})
     shutil.copymode(folder / CONFIG, partial)  # safetensors writes for the owner alone, whatever the umask says
     os.replace(partial, folder / WEIGHTS)
     return [folder / CONFIG, folder / WEIGHTS]
@@ -100,6 +112,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read", why=str(error), fix="restore the file") from error
+
+
+def read_marks(folder: Path) -> dict[str, str]:
+    """What was said of the tensors of a file that `read_tensors` takes."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def fill(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -84,7 +84,8 @@ def _by_peft(
             if isinstance(source[name], nn.Parameter):
                 target[name] = nn.Parameter(_fp32(source[name]))
             else:
-                target[name].load_state_dict({key: _fp32(value) for key, value in source[name].state_dict().items()})
+                wanted = target[name].state_dict()
+                target[name].load_state_dict({key: _fp32(getattr(source[name], key)) for key in wanted})
     merging.to(weight.device)
     try:
         merging.merge(safe_merge=True, adapter_names=[name])

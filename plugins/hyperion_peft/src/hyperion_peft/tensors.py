@@ -6,24 +6,36 @@ adapter called "layers" would own the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 
 # peft keeps these in a module of their own, and leaves ".weight" out of the file, as older versions wrote it.
 _WITHOUT_WEIGHT = frozenset({"lora_magnitude_vector"})
+# torch's name for what a parametrized tensor is made from.
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original")
 
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """`key` is its name in a PEFT file, `name` the parameter's in the model."""
+    """`key` is its name in a PEFT file, `name` the parameter's in the model.
+
+    Where the adapter computes with something else that is made from the parameter (torch.nn.utils.parametrize), `owner`
+    is the module that makes it, and `key` is that one's name.
+    """
 
     key: str
     name: str
     parameter: nn.Parameter
+    owner: nn.Module | None = None
+
+    def value(self) -> Tensor:
+        """What the adapter computes with."""
+        return self.parameter if self.owner is None else getattr(self.owner, self.key.rpartition(".")[2])
 
 
 def adapter_tensors(model: nn.Module, adapter: str) -> list[AdapterTensor]:
@@ -87,8 +99,10 @@ def _of_layer(path: str, layer: BaseTunerLayer, adapter: str) -> Iterator[Adapte
             yield AdapterTensor(at, f"{at}.{adapter}", entry)
         elif isinstance(entry, nn.Module):
             for name, parameter in entry.named_parameters():
-                key = at if attribute in _WITHOUT_WEIGHT and name == "weight" else f"{at}.{name}"
-                yield AdapterTensor(key, f"{at}.{adapter}.{name}", parameter)
+                made = _PARAMETRIZED.fullmatch(name)
+                own = made[1] if made else name
+                key = at if attribute in _WITHOUT_WEIGHT and own == "weight" else f"{at}.{own}"
+                yield AdapterTensor(key, f"{at}.{adapter}.{name}", parameter, entry if made else None)
 
 
 def _of_wrapper(path: str, wrapper: AuxiliaryTrainingWrapper, adapter: str) -> Iterator[AdapterTensor]:
