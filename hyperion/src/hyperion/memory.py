@@ -1,49 +1,61 @@
-"""A rough forecast of peak memory, from the architecture alone."""
+"""Peak memory of a planned run: what its config means for the memory model."""
 
 from __future__ import annotations
 
-from hyperion_core.facts import Cost, ModelFacts, Workload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .engine.chunk import LOGITS_CHUNK
+from hyperion_core.facts import Cost, ModelFacts
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Numbers that an optimizer keeps for each one it trains, by what transformers' name of it begins with; AdamW's two
-# where it is none of these.
-_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
+from .optimization.memory_model import BYTES, Held, Step, layers_of, peak_memory
+
+if TYPE_CHECKING:
+    from .training_config import TrainingConfig
+
+_USUAL_PACK = 1024  # tokens, on a CPU: see engine/fit.py
+_KEPT_DOCUMENT = 512  # of rows up to so many tokens attention keeps most
+
+
+def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype: str, device: str) -> Step:
+    """The largest pass that a run can come to.
+
+    Args:
+        length: tokens of the longest row.
+    """
+    batch = training.per_device_train_batch_size
+    checkpointed = training.recompute_layers
+    if checkpointed is None:
+        checkpointed = facts.layers if training.checkpoints_activations() else 0
+    if training.packing is False:
+        return Step(batch * length, length, dtype, None, checkpointed, fused=False, device=device)
+    usual = _USUAL_PACK if device == "cpu" else length * batch
+    capacity = max(length, training.pack_length or usual)
+    tokens = min(capacity, length * batch * training.gradient_accumulation_steps)
+    document = min(length, _KEPT_DOCUMENT)
+    return Step(tokens, document, dtype, None, checkpointed, fused=training.fused_layers, device=device)
 
 
 def forecast(
-    facts: ModelFacts, adapter: Cost, quantizer: Cost | None, work: Workload, optim: str | None = None
+    facts: ModelFacts,
+    adapter: Cost,
+    quantizer: Cost | None,
+    step: Step,
+    optim: str | None = None,
+    targets: Sequence[str] = (),
+    *,
+    streams: bool = False,
 ) -> dict[str, int]:
-    """Peak bytes by part: weights, adapter, gradients, optimizer, activations, logits.
-
-    Activations count, for every linear module, one input and one output a token, in the base's type: what autograd
-    keeps, to within the architecture's own extras. It is a forecast for choosing a batch size by, not a promise.
+    """Peak bytes by part, above what the process holds before the weights load.
 
     Args:
+        adapter, quantizer: what the plugins reckon; without a quantizer the base is held in the step's type.
         optim: the optimizer, by transformers' name; None is AdamW.
+        targets: full names of the modules that have an adapter.
+        streams: the base stays in its files, of which two layers are resident at a time.
     """
-    size = _BYTES[work.dtype]
-    tokens = work.batch * work.length
-    weights = quantizer.memory.get("weights", 0) if quantizer else facts.parameters * size
-    trained = adapter.memory.get("adapter", 0)
-    kept = sum(sum(module.shape) for module in facts.linear())
-    if work.checkpointing and facts.layers:
-        # One layer's activations at a time, and every layer's input.
-        kept = kept // facts.layers + facts.layers * facts.hidden_size
-    return {
-        "weights": weights,
-        "adapter": trained,
-        "gradients": trained,
-        "optimizer": _optimizer(trained, optim or ""),
-        "activations": tokens * kept * size + adapter.memory.get("activations", 0),
-        "logits": 3 * 4 * min(tokens, LOGITS_CHUNK) * facts.vocab_size,
-    }
-
-
-def _optimizer(trained: int, name: str) -> int:
-    """Bytes of what it keeps beside so many bytes of float32 that are trained."""
-    name = name.removeprefix("paged_")
-    states = next((count for kind, count in _STATES.items() if name.startswith(kind)), 2)
-    numbers = trained // 4 * states
-    return numbers if "8bit" in name else numbers // 2 if "4bit" in name else 4 * numbers
+    weights = quantizer.memory.get("weights", 0) if quantizer else facts.parameters * BYTES[step.dtype]
+    if streams:
+        layers = [sum(m.parameters for m in layer.values()) for layer in layers_of(facts)]
+        weights = (facts.parameters - sum(layers) + 2 * max(layers, default=0)) * BYTES[step.dtype]
+    held = Held(weights, adapter.memory.get("adapter", 0) // 4, tuple(targets), quantizer is not None)
+    return peak_memory(facts, held, step, optim or "")

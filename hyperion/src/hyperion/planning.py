@@ -20,15 +20,23 @@ from .config import FinetuneConfig
 from .data.arguments import DataArgumentsError
 from .data.chat_template import chat_template_effect, chat_template_problems
 from .data.processor import DatasetProcessor
-from .memory import forecast
+from .memory import forecast, planned_step
 from .models.check import check_base
 from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
 from .planning_hooks import PlanningHooks
+from .preset import with_preset
 from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost, with_checkpoint
 from .secret_checks import secret_problems
-from .training_checks import batch_problems, device_problems, evaluation_problems, length_problems, warmup_problems
+from .training_checks import (
+    batch_problems,
+    device_problems,
+    evaluation_problems,
+    layer_problems,
+    length_problems,
+    warmup_problems,
+)
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 _MAX_LENGTH = 1024
@@ -50,8 +58,8 @@ class Rows:
 class Planned:
     """A plan, and what was found on the way to it that the run needs again.
 
-    `config` is what was asked for, with what a quantized base brings along; `bits` are those of its modules, None
-    where nothing is quantized or they are shared out later.
+    `config` is what was asked for, with what a quantized base brings along and `quality: auto` fills in; `bits` are
+    those of its modules, None where nothing is quantized or they are shared out later.
     """
 
     plan: Plan
@@ -87,6 +95,7 @@ def make_plan(
     config, saved_bits = with_checkpoint(config, source, facts, problems)
     hooks, choices = choose_plugins(config)
     asked = PlanningHooks(hooks)
+    config, preset = with_preset(config, asked, facts, problems)
     processor = _processor(config, problems)
     rows = rows or _counted(config, processor, problems)
     if evaluation_rows is not None:
@@ -104,13 +113,13 @@ def make_plan(
     assert source is not None
 
     targets = _adapter_targets(config, asked, facts)
-    memory, trainable = _memory(config, asked, facts, bits, dtype)
+    memory, trainable = _memory(config, asked, facts, bits, dtype, device, targets or [])
     plan = Plan(
         config=config.as_data(),
         choices=tuple(choices),
         device=device,
         dtype=dtype,
-        settings=_settings(config, facts, targets, rows, bits),
+        settings=_settings(config, preset, facts, targets, rows, bits),
         checks=tuple(_checks(config, asked, facts, bits)),
         steps=steps,
         why_no_steps=why_no_steps,
@@ -221,7 +230,12 @@ def _check_training(
     config: FinetuneConfig, facts: ModelFacts, rows: Rows, device: str, steps: int | None, problems: list[Problem]
 ) -> None:
     training = config.training
-    found = length_problems(training, facts) + device_problems(training, device) + warmup_problems(training, steps)
+    found = (
+        length_problems(training, facts)
+        + layer_problems(training, facts, config.quantization)
+        + device_problems(training, device)
+        + warmup_problems(training, steps)
+    )
     found += batch_problems(training, rows.train, rows.evaluation)
     if not rows.evaluates:
         found += evaluation_problems(training)
@@ -269,7 +283,13 @@ def _adapter_targets(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelF
 
 
 def _memory(
-    config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, bits: PlannedBits | None, dtype: str
+    config: FinetuneConfig,
+    hooks: PlanningHooks,
+    facts: ModelFacts,
+    bits: PlannedBits | None,
+    dtype: str,
+    device: str,
+    targets: list[str],
 ) -> tuple[dict[str, int], int | None]:
     if not facts.known:
         return {}, None
@@ -287,14 +307,23 @@ def _memory(
     quantizer: Cost | None = None
     if config.quantization is not None and bits is not None:
         quantizer = quantized_cost(config.quantization, hooks, facts, bits, dtype)
-    return forecast(facts, adapter, quantizer, work, training.optim), adapter.memory.get("adapter", 0) // 4
+    step = planned_step(training, facts, work.length, dtype, device)
+    memory = forecast(facts, adapter, quantizer, step, training.optim, targets, streams=training.stream_weights)
+    return memory, adapter.memory.get("adapter", 0) // 4
 
 
 def _settings(
-    config: FinetuneConfig, facts: ModelFacts, targets: list[str] | None, rows: Rows, bits: PlannedBits | None
+    config: FinetuneConfig,
+    preset: str,
+    facts: ModelFacts,
+    targets: list[str] | None,
+    rows: Rows,
+    bits: PlannedBits | None,
 ) -> dict[str, str]:
     training = config.training
     settings = {"base model": config.base_model + (f" ({facts.parameters:,} parameters)" if facts.known else "")}
+    if preset:
+        settings["quality"] = preset
     if config.quantization is not None and bits is not None:
         settings["quantization"] = described(config.quantization, bits)
     if targets is not None:

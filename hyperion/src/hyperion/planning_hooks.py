@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hyperion_core import specs
 from hyperion_core.errors import HyperionError, PluginHookError
-from hyperion_core.facts import Cost
+from hyperion_core.facts import Cost, Recommendation
 from hyperion_core.hooks import RunHooks
 from hyperion_core.kinds import Plugin
 from hyperion_core.registry import registry
@@ -18,6 +18,7 @@ _GIVES: dict[str, tuple[type, ...]] = {
     "targets": (list,),
     "estimate": (Cost,),
     "recognize": (tuple,),
+    "recommend": (Recommendation, type(None)),
 }
 
 

@@ -11,7 +11,7 @@ from hyperion_core.errors import HyperionError
 from hyperion_core.quiet import ON_IMPORT, errors_only
 from hyperion_core.secrets import RedactedStream
 
-from . import compare, data, inspect, lock, merge, plugins, quantize, schema, train, validate
+from . import compare, data, inspect, lock, merge, plan, plugins, quantize, schema, train, validate
 from .usage import ClickError, explained
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("validate")(validate.validate)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.command("quantize")(quantize.quantize)

@@ -1,0 +1,209 @@
+"""Peak memory of a training run by part, from the architecture alone. Imports no torch.
+
+What autograd keeps for the backward pass is counted tensor by tensor, for Llama-like models whose rows are packed and
+whose layers are fused (`acceleration/`), under low-rank adapters: a test holds the count against autograd itself, byte
+for byte. Padding, other architectures and layers that are not fused keep more; they are reckoned as torch's own modules
+keep them, which is an upper bound and no exact count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hyperion_core.facts import ModelFacts, ModuleFact
+
+from ..engine.chunk import logits_chunk
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Of acceleration/attention.py: queries of a block, and tokens of a document whose probabilities are kept.
+_BLOCK = 128
+_KEPT_DOCUMENT = 512
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_HEAD_WIDTH = 64  # the field's usual one, where the config does not say
+
+# Numbers that an optimizer keeps for each one it trains, by what transformers' name of it begins with; AdamW's two
+# where it is none of these.
+_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a device computes at one time: one forward and backward pass.
+
+    Args:
+        tokens: of the pack, or of the padded batch, padding counted.
+        document: tokens of each row in it; the last may be shorter.
+        supervised: tokens that are learnt; None is all but the first of each row.
+        checkpointed: layers, from the first, that compute their activations again.
+        fused: rows are packed and layers are fused.
+    """
+
+    tokens: int
+    document: int
+    dtype: str = "float32"
+    supervised: int | None = None
+    checkpointed: int = 0
+    fused: bool = True
+    device: str = "cpu"
+
+    def documents(self) -> list[int]:
+        full, rest = divmod(self.tokens, max(1, self.document))
+        return [self.document] * full + ([rest] if rest else [])
+
+    def learnt(self) -> int:
+        return self.tokens - len(self.documents()) if self.supervised is None else self.supervised
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is there before a step. `weights`: bytes of the base; `adapter`: trainable numbers; `targets`: the modules
+    that have an adapter, by full name; `quantized`: weights are unpacked when they are used."""
+
+    weights: int
+    adapter: int = 0
+    targets: tuple[str, ...] = ()
+    quantized: bool = False
+
+
+def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> dict[str, int]:
+    """Bytes by part at the moment of the peak; their sum is the peak above what the process held before.
+
+    Args:
+        facts: a model that is known.
+        optim: the optimizer, by transformers' name; "" is AdamW.
+    """
+    trained = 4 * held.adapter
+    logits = logits_bytes(facts, step)
+    behind = backward_bytes(facts, held, step)
+    return {
+        "weights": held.weights,
+        "adapter": trained,
+        "gradients": trained,
+        "optimizer": optimizer_bytes(trained, optim),
+        "activations": kept_bytes(facts, held, step),
+        "logits": logits,
+        # the logits are gone when the layers' backward pass begins: of the two, the peak has the larger
+        "workspace": max(0, behind - logits),
+    }
+
+
+def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
+    """What autograd keeps of one forward pass."""
+    size, tokens = BYTES[step.dtype], step.tokens
+    layers = layers_of(facts)
+    targets = frozenset(held.targets)
+    own = [_layer_bytes(facts, layer, targets, step, first=number == 0) for number, layer in enumerate(layers)]
+    total = sum(own[step.checkpointed :])
+    if step.checkpointed:
+        # every one's input, and of all that are computed again one at a time
+        total += min(step.checkpointed, len(own)) * tokens * facts.hidden_size * size
+        again = max(own[: step.checkpointed], default=0)
+        freed = sum(own[step.checkpointed :])
+        total = max(total, total - freed + again)
+    total += _factors(facts, held, step)
+    total += tokens * (facts.hidden_size * size + 4)  # the last norm
+    rotated = {layers[0][name].name for name in ("q_proj", "k_proj") if name in layers[0]} if layers else set()
+    if len(layers) > 1 or rotated & targets:
+        width = _head_width(facts, layers[0])
+        total += 2 * tokens * width * size  # of the rotary embedding, once for all layers
+    # the head: a gradient a learnt token, its id, and where its state stands
+    return total + step.learnt() * (facts.hidden_size * size + 16)
+
+
+def logits_bytes(facts: ModelFacts, step: Step) -> int:
+    """Logits and probabilities of one chunk of learnt tokens, float32, and once more in the type of the weights."""
+    numbers = min(step.learnt(), logits_chunk(step.device)) * facts.vocab_size
+    return numbers * (8 if step.dtype == "float32" else 10)
+
+
+def backward_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
+    """The most that the backward pass of one layer needs beside what is kept."""
+    size, tokens = BYTES[step.dtype], step.tokens
+    widest = max((max(m.shape) for m in facts.linear()), default=0)
+    # of the MLP: the gradients of its product, of gate and of up, and the activation computed again; of the residual
+    # stream: the gradient, and once more in float32 in the norm
+    working = tokens * (4 * widest * size + facts.hidden_size * (size + 8))
+    if held.quantized:
+        working += max((m.shape[0] * m.shape[1] for m in facts.linear()), default=0) * (size + 4)
+    return working
+
+
+def optimizer_bytes(trained: int, name: str) -> int:
+    """Bytes of what it keeps beside so many bytes of float32 that are trained."""
+    name = name.removeprefix("paged_")
+    states = next((count for kind, count in _STATES.items() if name.startswith(kind)), 2)
+    numbers = trained // 4 * states
+    return numbers if "8bit" in name else numbers // 2 if "4bit" in name else 4 * numbers
+
+
+def layers_of(facts: ModelFacts) -> list[dict[str, ModuleFact]]:
+    """The linear modules of each layer, by the last part of their names."""
+    found: dict[str, dict[str, ModuleFact]] = {}
+    for module in facts.linear():
+        parts = module.name.split(".")
+        number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        found.setdefault(".".join(parts[: number + 1]), {})[parts[-1]] = module
+    return list(found.values())
+
+
+def _layer_bytes(
+    facts: ModelFacts, layer: Mapping[str, ModuleFact], targets: frozenset[str], step: Step, *, first: bool
+) -> int:
+    size, tokens, wide = BYTES[step.dtype], step.tokens, facts.hidden_size
+    if not step.fused or not {"q_proj", "k_proj", "v_proj", "o_proj", *_GATED} <= layer.keys():
+        # torch's own modules: an input and an output of each linear module, and the norms' float32 copies
+        kept = sum(sum(module.shape) for module in layer.values()) + (4 * 4 // size + 2) * wide
+        return tokens * kept * size + _probabilities(facts, layer, step)
+    has = {name: module.name in targets for name, module in layer.items()}
+    attends = not first or has["q_proj"] or has["k_proj"] or has["v_proj"]
+    reaches = attends or has["o_proj"]  # whether the MLP's input has a gradient
+    gated = reaches or has["gate_proj"] or has["up_proj"]
+    numbers = 0
+    bytes_more = 0
+    for kept in (not first, reaches):  # the norms: their input, and one float32 number a token
+        numbers += wide if kept else 0
+        bytes_more += 4 * tokens if kept else 0
+    for sharing in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        if any(has[name] for name in sharing):  # one input for all adapters that read it
+            numbers += layer[sharing[0]].shape[1]
+    if attends:
+        numbers += sum(layer[name].shape[0] for name in ("q_proj", "k_proj", "v_proj"))
+        bytes_more += _probabilities(facts, layer, step)
+        if step.device != "cpu":  # torch's kernels: the output, and keys and values repeated for each query head
+            numbers += 3 * layer["q_proj"].shape[0]
+    if gated:
+        numbers += layer["gate_proj"].shape[0] + layer["up_proj"].shape[0]
+    return tokens * numbers * size + bytes_more
+
+
+def _probabilities(facts: ModelFacts, layer: Mapping[str, ModuleFact], step: Step) -> int:
+    """Of the attention within short documents, block by block."""
+    if step.device != "cpu":
+        return 0
+    queries = layer["q_proj"].shape[0] if "q_proj" in layer else facts.hidden_size
+    heads = queries // _head_width(facts, layer)
+    found = 0
+    for length in step.documents():
+        if length <= _KEPT_DOCUMENT:
+            for start in range(0, length, _BLOCK):
+                end = min(start + _BLOCK, length)
+                found += (end - start) * end
+    return found * heads * BYTES[step.dtype]
+
+
+def _factors(facts: ModelFacts, held: Held, step: Step) -> int:
+    """Of low-rank adapters: both matrices in the activations' type, and the numbers between them."""
+    shapes = {module.name: module.shape for module in facts.linear()}
+    chosen = [shapes[name] for name in held.targets if name in shapes]
+    widths = sum(sum(shape) for shape in chosen)
+    if not widths:
+        return 0
+    rank = held.adapter / widths
+    return int(BYTES[step.dtype] * (held.adapter + step.tokens * rank * len(chosen)))
+
+
+def _head_width(facts: ModelFacts, layer: Mapping[str, ModuleFact]) -> int:
+    queries = layer["q_proj"].shape[0] if "q_proj" in layer else facts.hidden_size
+    return max(1, queries // facts.attention_heads) if facts.attention_heads else min(_HEAD_WIDTH, queries or 1)
