@@ -151,6 +151,15 @@ def requirements_of(wheel: Path) -> list[str]:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Speed and memory against the peers, arms in turn: hours, on a machine that does nothing else; it goes on when
+    begun again. `nox -s bench -- --rounds 1 --arms "plain,trl,hyperion:"` measures a part."""
+    install_everything(session, "[dev]", quantizers=False)
+    install(session, "trl")  # a peer
+    session.run("python", "benchmarks/training_speed.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def stress(session: nox.Session) -> None:
     """Kill a training run everywhere, resume it, and compare the bytes: about half an hour; begun again, it goes on."""
     install_everything(session, "[dev]")

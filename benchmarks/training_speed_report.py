@@ -1,0 +1,158 @@
+"""The page and the plot of `training_speed.py`, from what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "plain:float32": "transformers + PEFT, float32",
+    "plain:bfloat16": "transformers + PEFT, bfloat16",
+    "trl:": "TRL, packing",
+    "trl:checkpointing": "TRL, packing, checkpointing (its default)",
+    "hyperion:": "Hyperion",
+}
+#: (peer, least ratio of tokens/s, most of peak memory); None where nothing is asked.
+TARGETS: dict[str, tuple[tuple[str, float, float | None], ...]] = {
+    "ragged": (("plain:float32", 3.5, 0.25), ("plain:bfloat16", 2.5, 0.35), ("trl:", 1.8, 0.7)),
+    "full": (("plain:float32", 1.2, None), ("plain:bfloat16", 1.2, None), ("trl:", 1.2, None)),
+}
+
+
+class Measured:
+    """Figures of one set of rows by arm and round."""
+
+    def __init__(self, whole: Mapping[str, Any], data: str) -> None:
+        self.rounds: dict[str, dict[int, dict[str, Any]]] = {}
+        for key, found in whole["measured"].items():
+            name, arm, number = key.split("/")
+            if name == data:
+                self.rounds.setdefault(arm, {})[int(number)] = found
+
+    def values(self, arm: str, figure: str) -> list[float]:
+        return [value(found, figure) for found in self.rounds.get(arm, {}).values()]
+
+    def ratios(self, arm: str, other: str, figure: str) -> list[float]:
+        """Of the rounds that have both."""
+        mine, theirs = self.rounds.get(arm, {}), self.rounds.get(other, {})
+        return [value(mine[number], figure) / value(theirs[number], figure) for number in mine if number in theirs]
+
+    def shares_of_limit(self, arm: str) -> list[float]:
+        """Of the tokens a second that matrix products alone would allow, in the rounds that measured these."""
+        limits, mine = self.rounds.get("limit:bfloat16", {}), self.rounds.get(arm, {})
+        return [
+            value(mine[number], "tokens/s") * limits[number]["flops_a_token"] / (limits[number]["gflops"] * 1e9)
+            for number in mine
+            if number in limits
+        ]
+
+
+def value(found: Mapping[str, Any], figure: str) -> float:
+    if figure == "tokens/s":
+        return float(found["tokens"] / found["seconds"])
+    return float(found[figure])
+
+
+def middle(values: list[float], form: str = ".2f") -> str:
+    """The median, and from where to where they reach."""
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
+
+
+def page(whole: Mapping[str, Any]) -> str:
+    settings = whole["settings"]
+    lines = [
+        "# Speed and memory of training", "",
+        f"`nox -s bench`, {whole['date']}, {whole['device']}, "
+        + ", ".join(f"{name} {number}" for name, number in whole["versions"].items()) + ".", "",
+        f"SmolLM2-135M-Instruct, LoRA of rank {settings['r']} on {' and '.join(settings['target_modules'])}, "
+        f"{settings['rows_a_step']} rows a step, at most {settings['max_length']} tokens a row, one epoch. Every "
+        "figure is the median over the rounds, with the least and the greatest; ratios are taken within a round. "
+        "Tokens are the rows' own, padding not counted; memory is the peak of the whole process.", "",
+        "![Tokens a second and peak memory](training-speed.png)", "",
+    ]  # fmt: skip
+    for data, title in (("ragged", "Instructions of very different lengths"), ("full", "Rows of equal length")):
+        measured = Measured(whole, data)
+        if measured.rounds:
+            lines += [f"## {title}", "", *_table(measured), *_targets(measured, data), *_ablations(measured)]
+    return "\n".join(lines)
+
+
+def _table(measured: Measured) -> list[str]:
+    lines = ["| | tokens/s | peak memory, GB | first step's loss | mean loss | steps |", "| --- |" + " --- |" * 5]
+    for arm, name in NAMES.items():
+        rounds = list(measured.rounds.get(arm, {}).values())
+        if rounds:
+            memory = [peak / 1e9 for peak in measured.values(arm, "peak_bytes")]
+            losses = rounds[0]["losses"]
+            lines.append(
+                f"| {name} | {middle(measured.values(arm, 'tokens/s'), '.1f')} | {middle(memory)} | {losses[0]:.4f} | "
+                f"{statistics.mean(losses):.4f} | {rounds[0]['steps']} |"
+            )
+    for dtype in ("bfloat16", "float32"):
+        if found := measured.values(f"limit:{dtype}", "gflops"):
+            lines.append(f"| products of matrices alone, {dtype}: {middle(found, '.0f')} GFLOP/s |" + " |" * 5)
+    return [*lines, ""]
+
+
+def _targets(measured: Measured, data: str) -> list[str]:
+    lines = ["| Hyperion against | tokens/s | wanted | peak memory | wanted |", "| --- |" + " --- |" * 4]
+    for peer, speed, memory in TARGETS[data]:
+        faster = measured.ratios("hyperion:", peer, "tokens/s")
+        smaller = measured.ratios("hyperion:", peer, "peak_bytes")
+        if faster:
+            asked = "" if memory is None else f"≤ {memory:g} {reached(statistics.median(smaller) <= memory)}"
+            lines.append(
+                f"| {NAMES[peer]} | {middle(faster)} | ≥ {speed:g} {reached(statistics.median(faster) >= speed)} | "
+                f"{middle(smaller)} | {asked} |"
+            )
+    if shares := measured.shares_of_limit("hyperion:"):
+        half = f", {reached(statistics.median(shares) >= 0.5)}" if data == "ragged" else ""
+        lines += ["", f"Of what products of matrices alone would allow in bfloat16: {middle(shares)}"
+                  + (f" (wanted: half{half})." if half else ".")]  # fmt: skip
+    return [*lines, ""]
+
+
+def reached(true: bool) -> str:
+    return "reached" if true else "**not reached**"
+
+
+def _ablations(measured: Measured) -> list[str]:
+    left_out = [arm for arm in measured.rounds if arm.startswith("hyperion:") and arm != "hyperion:"]
+    if not left_out:
+        return []
+    lines = ["What each part gives: Hyperion with it, against Hyperion without it.", "",
+             "| | tokens/s | peak memory |", "| --- | --- | --- |"]  # fmt: skip
+    for arm in left_out:
+        faster = measured.ratios("hyperion:", arm, "tokens/s")
+        smaller = measured.ratios("hyperion:", arm, "peak_bytes")
+        lines.append(f"| {arm.partition(':')[2]} | {middle(faster)} | {middle(smaller)} |")
+    return [*lines, ""]
+
+
+def draw(whole: Mapping[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 5.5), constrained_layout=True)
+    for row, (data, title) in zip(axes, (("ragged", "ragged rows"), ("full", "rows of equal length")), strict=True):
+        measured = Measured(whole, data)
+        arms = [arm for arm in reversed(NAMES) if arm in measured.rounds]
+        colours = ["#2a6f97" if arm == "hyperion:" else "#b8c4cc" for arm in arms]
+        for axis, kind, factor in zip(row, ("tokens/s", "peak_bytes"), (1, 1e-9), strict=True):
+            heights = [statistics.median(measured.values(arm, kind)) * factor for arm in arms]
+            bars = axis.barh([NAMES[arm] for arm in arms], heights, color=colours)
+            axis.bar_label(bars, fmt="%.0f" if factor == 1 else "%.1f", padding=3)
+            axis.set_title(f"{title}: {'tokens a second' if factor == 1 else 'peak memory, GB'}", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+            if factor != 1:
+                axis.set_yticklabels([])
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
