@@ -136,8 +136,8 @@ CASES: tuple[Case, ...] = (
     case("target_modules that are no regular expression", changed(adapter={"target_modules": "(q_proj"}),
          "adapter.target_modules", "correct it"),
     case("no target_modules at all", changed(adapter={"target_modules": []}), "target_modules is empty", "all-linear"),
-    case("an option of PEFT that would change the base", changed(adapter={"init_lora_weights": "pissa"}),
-         'the initialisation "pissa" cannot be used', "changes the base's weights"),
+    case("an option of PEFT that would change the base", changed(adapter={"init_lora_weights": "loftq"}),
+         'the initialisation "loftq" cannot be used', "must stay as it is"),
     case("an adapter without a name", changed(adapter={"type": ...}), '"type" is missing', "lora"),
     # Choices that do not go together.
     case("two kinds of warmup", changed(training={"warmup_ratio": 0.1, "warmup_steps": 1}),

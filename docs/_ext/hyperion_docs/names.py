@@ -40,7 +40,11 @@ def framework_names() -> dict[str, Any]:
 
     names = {f"hyperion.{name}": getattr(hyperion, name) for name in dir(hyperion) if not name.startswith("_")}
     names |= {f"hyperion.data.{name}": getattr(hyperion.data, name) for name in hyperion.data.__all__}
-    return names | {"hyperion.models.load_tuned": importlib.import_module("hyperion.models.tuned").load_tuned}
+    loaders = {"load_tuned": "tuned", "load_standalone": "standalone"}
+    return names | {
+        f"hyperion.models.{name}": getattr(importlib.import_module(f"hyperion.models.{module}"), name)
+        for name, module in loaders.items()
+    }
 
 
 def core_names(module: str) -> dict[str, Any]:

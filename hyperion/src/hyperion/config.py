@@ -77,6 +77,9 @@ class FinetuneConfig(StrictModel):
     )
     audit: AuditConfig = Field(default_factory=AuditConfig, description="What is refused of the data before training.")
     new_tokens: list[str] = Field(default_factory=list, description="Tokens to add to the vocabulary and train.")
+    quality: Literal["auto"] | None = Field(
+        None, description="auto: what adapter and training leave out is set as the adapter's plugin recommends."
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How it is trained.")
     plugins: list[str] = Field(default_factory=list, description="Observers of the run, by name.")
     output_dir: str | None = Field(None, min_length=1, description="Where the run goes; --output_dir overrides it.")

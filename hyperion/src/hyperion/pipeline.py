@@ -28,6 +28,7 @@ from .lock import LOCK, gather, gather_for, read_lock, refuse_drift, run_name, w
 from .models.cache import check_caches
 from .models.facts import model_facts
 from .models.source import resolve_source
+from .optimization.refusal import refuse_what_cannot_fit
 from .output import (
     check_same_data,
     claim_output,
@@ -105,6 +106,7 @@ def run(
         config = planned.config
         if lock is not None:
             refuse_drift(lock, read_lock(lock, run_name(config)), gather_for(planned, progress or NoProgress()))
+        refuse_what_cannot_fit(planned)
         claim_output(folder, planned.plan, checkpoint)
         ctx = start_context(planned, folder, progress or NoProgress())
         planned.hooks.observe("run_start", plan=planned.plan, ctx=ctx)
@@ -316,6 +318,7 @@ def load_base(
         training=True,
         bits=planned.bits,
         calibration=calibration,
+        mapped=config.training.stream_weights,
         trust_remote_code=config.trust_remote_code,
     )
     grow_embeddings(model, tokenizer, new_ids)
@@ -360,6 +363,7 @@ def fit(
     ctx: RunContext,
 ) -> FitResult:
     """The training loop."""
+    from .engine.fit import Speed
     from .engine.fit import fit as train_loop
 
     training = config.training
@@ -382,6 +386,13 @@ def fit(
         early_stopping_patience=training.early_stopping_patience,
         eval_samples=training.eval_samples,
         eval_samples_max_new_tokens=training.eval_samples_max_new_tokens,
+        speed=Speed(
+            packing=training.packing,
+            pack_length=training.pack_length,
+            fused_layers=training.fused_layers,
+            recompute_layers=training.recompute_layers,
+            stream_weights=training.stream_weights,
+        ),
         resume=checkpoint,
     )
 

@@ -34,6 +34,7 @@ def load_quantizable(
     bits: BitPlan | None = None,
     calibration: CalibrationRows | None = None,
     calibration_hash: str | None = None,
+    mapped: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in `base`, in the plan's dtype and on its device; quantized, unless `config` is None.
@@ -44,6 +45,7 @@ def load_quantizable(
         bits: of each module; None takes those of a checkpoint that is quantized already, then those in `ctx.output`
             (bit_plan.json), and else what `config` says. Bits that are shared out here are left there.
         calibration: what is measured on, where something is.
+        mapped: its weights stay in their files, where nothing is quantized.
         calibration_hash: of the rows that were measured on once, in place of them: what was made then is in the cache.
 
     Raises:
@@ -58,7 +60,9 @@ def load_quantizable(
                 why="that was not known before it was fetched, so the run was planned for full precision",
                 fix="start again: it is in the cache now, and its method is taken from it",
             )
-        return load_model(base, dtype=ctx.plan.dtype, device=ctx.device, trust_remote_code=trust_remote_code)
+        return load_model(
+            base, dtype=ctx.plan.dtype, device=ctx.device, mapped=mapped, trust_remote_code=trust_remote_code
+        )
     from .prepared import prepared
 
     quantizer = hooks.quantizer(config.method)
