@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -86,6 +88,66 @@ def test_the_kept_activations_are_fewer():
     with fused(model):
         assert kept(norm, 32) == 2 * 32 + 4 < before[0]
         assert kept(mlp, 32) == 2 * 2 * 48 < before[1]
+
+
+class Dropping(LlamaMLP):
+    """Drops activations where it trains."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Clamping(LlamaMLP):
+    """Computes as its parent does until the numbers are large."""
+
+    def forward(self, x):
+        return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(-5, 5))
+
+
+@pytest.mark.parametrize("kind", [Dropping, Clamping])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_shows_only_in_training_or_with_large_numbers_is_seen(kind, training):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=96)
+    module = nn.ModuleList([kind(config)]).requires_grad_(False).train(training)
+    with fused(module) as counts:
+        assert not counts
+    assert module[0].training == training
+
+
+def test_layers_that_hold_no_parameters_are_fused_too():
+    """As quantized ones do, which hold buffers."""
+
+    class Packed(nn.Module):
+        def __init__(self, out, into):
+            super().__init__()
+            self.in_features = into
+            self.register_buffer("codes", torch.randint(-8, 8, (out, into), dtype=torch.int8))
+            self.register_buffer("scale", torch.tensor(0.05))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale)
+
+    torch.manual_seed(0)
+    mlp = LlamaMLP(transformers.LlamaConfig(hidden_size=64, intermediate_size=96))
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = Packed(96, 64), Packed(96, 64), Packed(64, 96)
+    x = torch.randn(1, 7, 64)
+    before = mlp(x)
+    with fused(nn.ModuleList([mlp])) as counts:
+        assert counts == {"SwiGLU": 1}
+        assert (mlp(x) - before).norm() <= 1e-5 * before.norm()
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = model_of("Llama")
+    x = torch.tensor([[3, 4, 5]])
+    before = model(x).logits
+    with fused(model):
+        twin = copy.deepcopy(model)
+        for parameter in twin.parameters():
+            parameter.data.zero_()
+        assert not twin(x).logits.any()
+        assert torch.allclose(model(x).logits, before, atol=1e-5)
 
 
 def test_a_norm_that_trains_or_computes_something_else_is_left_alone():

@@ -15,7 +15,7 @@ from torch import nn
 from hyperion.acceleration.attention import NAME
 from hyperion.acceleration.documents import packed
 from hyperion.acceleration.fused import fused
-from hyperion.acceleration.packing import attending_within_documents, why_not_packed
+from hyperion.acceleration.packing import attending_within_documents, drops, why_not_packed
 from hyperion.data.collate import Collator
 from hyperion.engine.loss import supervised_logprobs
 
@@ -135,6 +135,47 @@ class Leaky(transformers.LlamaForCausalLM):
 def test_a_model_that_cannot_be_packed_is_found_out(tiny, make, said):
     why = why_not_packed(make(), list(tiny.rows(2, shortest=9)))
     assert re.search(said, why), why
+
+
+@pytest.mark.parametrize(
+    "made, reach",
+    [
+        ({"name": "Mistral", "sliding_window": 30}, 30),
+        (
+            {
+                "name": "Llama",
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4,
+                                    "original_max_position_embeddings": 40},
+            },
+            40,
+        ),
+    ],
+    ids=["window", "dynamic positions"],
+)  # fmt: skip
+def test_rows_beyond_what_a_few_tokens_show_are_padded(tiny, made, reach):
+    """The probe is short: what changes only in longer rows is read from the config."""
+    model, rows = model_of(**made), list(tiny.rows(2, shortest=9))
+    assert why_not_packed(model, rows, reach) == ""
+    assert str(reach) in why_not_packed(model, rows, reach + 1)
+
+
+def test_what_drops_at_random_is_known():
+    model = model_of("Llama")
+    assert not drops(model)
+    model.config.attention_dropout = 0.1
+    assert drops(model)
+    assert drops(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+
+
+def test_noise_that_is_scaled_by_a_rows_length_pads(tiny, tmp_path):
+    """NEFTune takes the whole pack for one row: packed, its noise would be smaller."""
+    found = {}
+    for name, speed in {"left to choose": {}, "padded": {"packing": False}}.items():
+        (tmp_path / name).mkdir()
+        run = tiny.Run(tmp_path / name, save_strategy="no", num_train_epochs=1, neftune_noise_alpha=5.0)
+        found[name] = run.trained(run.fit(**speed).model)
+    for key, weight in found["padded"].items():
+        assert torch.equal(found["left to choose"][key], weight), key
 
 
 def test_virtual_tokens_of_an_adapter_are_found_out(tiny):

@@ -266,6 +266,9 @@ def test_memory_that_runs_out_names_the_options_that_save_it(tiny, tmp_path, err
     with pytest.raises(TrainingError, match=f"(?s)cpu ran out of memory.*{said}") as caught:
         run.fit(model=model, packing=packing)
     assert caught.value.__cause__ is error
+    with pytest.raises(TrainingError) as caught:
+        run.fit(model=model, packing=packing, pack_length=1)  # a pack holds the longest row whatever is asked
+    assert "pack_length" not in caught.value.fix
 
 
 def test_evaluating_more_often_trains_the_same_adapter(tiny, tmp_path):

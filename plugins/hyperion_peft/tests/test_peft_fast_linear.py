@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -131,6 +132,13 @@ def test_a_copy_stands_alone_and_unloading_gives_the_plain_layers_back():
     assert_same(outcome(model), before, 0.0)
     base = model.unload()
     assert type(base.first) is type(base.second) is nn.Linear
+
+
+def test_a_model_can_be_pickled():
+    model = model_of()
+    speed_up(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert_same(outcome(twin), outcome(model), 1e-5)
 
 
 def test_no_copy_of_the_input_is_kept():

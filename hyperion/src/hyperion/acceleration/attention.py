@@ -87,8 +87,7 @@ def _by_torch(
         mask = None
         if part.shared or part.end - part.start > window:
             length = part.end - part.start
-            hidden = _hidden(length, part.shared + length, part.shared, window, query.device)
-            mask = hidden.logical_not()
+            mask = _distant(length, part.shared + length, part.shared, window, query.device).logical_not()
         found.append(
             scaled_dot_product_attention(
                 query[:, :, part.start : part.end], keys, values, attn_mask=mask, dropout_p=dropout,
@@ -213,11 +212,14 @@ def _weights(q: Tensor, keys: Tensor, block: _Block, scale: float, window: int) 
     return torch.softmax(scores, -1)
 
 
-@lru_cache(maxsize=64)  # a run has few shapes, and every layer asks for them
-def _hidden(queries: int, keys: int, before: int, window: int, device: torch.device) -> Tensor:
+def _distant(queries: int, keys: int, before: int, window: int, device: torch.device) -> Tensor:
     """(queries, keys): which keys a query must not see; the first query stands `before` tokens behind the first key."""
     distance = before + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance < 0) | (distance >= window)
+
+
+# a block is small, a run has few shapes of them, and every layer asks for them
+_hidden = lru_cache(maxsize=64)(_distant)
 
 
 def _wide(given: Tensor) -> Tensor:

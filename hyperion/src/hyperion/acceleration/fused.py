@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def fused(model: Module) -> Iterator[Counter[str]]:
             if key not in verdicts:
                 verdicts[key] = _same(module, forward)
             if verdicts[key]:
-                module.forward = forward
+                module.forward = forward  # a method, whose copy belongs to the copy of the module
                 replaced.append(module)
                 counts[kind] += 1
         yield counts
@@ -56,12 +57,15 @@ def _replacement(module: Module) -> tuple[str, Callable[[Tensor], Tensor] | None
         epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
         weight: Any = module.weight
         if isinstance(epsilon, float) and not weight.requires_grad:
-            return "RMSNorm", lambda x: _RMSNorm.apply(x, module.weight, epsilon)
-    if {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        gate, up, down = (getattr(module, f"{name}_proj") for name in ("gate", "up", "down"))
-        if type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-            return "SwiGLU", lambda x: down(_SiLUGate.apply(gate(x), up(x)))
+            return "RMSNorm", MethodType(lambda self, x: _RMSNorm.apply(x, self.weight, epsilon), module)
+    gated = {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    if gated and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+        return "SwiGLU", MethodType(_swiglu, module)
     return "", None
+
+
+def _swiglu(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(_SiLUGate.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def _same(module: Module, forward: Callable[[Tensor], Tensor]) -> bool:

@@ -152,7 +152,7 @@ def fit(
         faster,
         streaming,
         line,
-        out_of_memory_explained(args, batching),
+        out_of_memory_explained(args, longest, lambda: batching),
         interruption,
     ):
         engine = Engine(
@@ -168,6 +168,7 @@ def fit(
         )  # fmt: skip
         engine.check_head()
         engine.settle_packing(required=speed.packing is True)
+        batching = engine.batching
         hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
         finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
         if interruption.requested:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,8 +196,7 @@ def _scores(
         scaled = states if finish.scale == 1.0 else states * finish.scale
         bias = None if bias is None else bias * finish.scale
         logps, logsumexp = _FrozenHead.apply(scaled, weight, bias, token, size)
-        shift = 0.0 if bias is None else bias.float().mean()
-        return logps, logsumexp, lambda: scaled.float() @ weight.float().mean(0) + shift
+        return logps, logsumexp, partial(_mean_logit, scaled, weight, bias)
     parts = [
         checkpoint(_chunk, head, finish, part, ids, use_reentrant=False)
         for part, ids in zip(states.split(size), token.split(size), strict=True)
@@ -209,6 +209,12 @@ def _chunk(head: Module, finish: Postprocessing, states: Tensor, token: Tensor) 
     logits = finish(head(states[None])[0].float())
     logsumexp = logits.logsumexp(1)
     return logits.gather(1, token[:, None])[:, 0] - logsumexp, logsumexp, logits.mean(1)
+
+
+def _mean_logit(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        mean = states.float() @ weight.mean(0, dtype=torch.float32)
+        return mean if bias is None else mean + bias.float().mean()
 
 
 class _FrozenHead(torch.autograd.Function):

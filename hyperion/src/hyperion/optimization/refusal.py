@@ -48,13 +48,7 @@ def free_memory(device: str) -> int | None:
         free, _ = torch.cuda.mem_get_info()
         return int(free)
     if device == "cpu":
-        return _available()
+        import psutil
+
+        return int(psutil.virtual_memory().available)
     return None
-
-
-def _available() -> int | None:
-    try:
-        import psutil  # type: ignore[import-untyped]
-    except ImportError:  # comes with accelerate; without it nothing is known
-        return None
-    return int(psutil.virtual_memory().available)

@@ -61,6 +61,10 @@ class FastLoraLayer:
         scales = tuple(self.scaling[name] for name in active)
         return _LowRank.apply(result, x, scales, *down, *up)  # type: ignore[no-untyped-call]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, it is PEFT's own layer: these classes are made as they are needed, and no module holds them."""
+        return object.__new__, (type(self).__mro__[2],), self.__dict__
+
     def _is_plain(self, active: list[str]) -> bool:
         return not any(
             name in self.lora_variant
