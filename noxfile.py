@@ -26,6 +26,7 @@ DISTRIBUTIONS = sorted(
     for project in ROOT.glob(pattern)
 )
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+BENCHMARKS = ["training_speed", "inference_latency", "memory_prediction", "streamed_weights", "convergence"]
 
 # pyenv puts only the active version on PATH. At the end of it, the others change nothing but what `core` can find.
 for version in CORE_PYTHONS:
@@ -152,11 +153,15 @@ def requirements_of(wheel: Path) -> list[str]:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Speed and memory against the peers, arms in turn: hours, on a machine that does nothing else; it goes on when
-    begun again. `nox -s bench -- --rounds 1 --arms "plain,trl,hyperion:"` measures a part."""
-    install_everything(session, "[dev]", quantizers=False)
+    """Every benchmark of BENCHMARKS, one after another: many hours, on a machine that does nothing else; each goes on
+    when it is begun again. `nox -s bench -- training_speed --rounds 1 --arms "plain,trl"` runs one, or a part of it."""
+    chosen, *arguments = session.posargs or [""]
+    if chosen and chosen not in BENCHMARKS:
+        session.error(f"{chosen} is no benchmark: there are {', '.join(BENCHMARKS)}")
+    install_everything(session, "[dev]")
     install(session, "trl")  # a peer
-    session.run("python", "benchmarks/training_speed.py", *session.posargs, env=OFFLINE)
+    for name in [chosen] if chosen else BENCHMARKS:
+        session.run("python", f"benchmarks/{name}.py", *arguments, env=OFFLINE)
 
 
 @nox.session

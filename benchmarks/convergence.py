@@ -1,6 +1,6 @@
 """Which LoRA settings reach the usual ones' final loss soonest, in steps and in seconds.
 
-    python benchmarks/convergence.py              about three hours on two cores; begun again, it goes on where it was
+    nox -s bench -- convergence                   about three hours on two cores; begun again, it goes on where it was
     python benchmarks/convergence.py --quick      tiny random models, to see that it works: some minutes
     python benchmarks/convergence.py --report     only write the report again
 

@@ -1,6 +1,6 @@
 """A tuned model in the forms in which it can answer: latency, bytes on disk, quality. On the real SmolLM2-135M, a CPU.
 
-    python benchmarks/inference_latency.py                      everything; begun again, it goes on where it was
+    nox -s bench -- inference_latency                           everything; begun again, it goes on where it was
     python benchmarks/inference_latency.py --only merged        the arms whose names have that in them
     python benchmarks/inference_latency.py --rounds 9           more rounds; those that are measured are kept
 

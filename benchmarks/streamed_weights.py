@@ -1,6 +1,6 @@
 """How little memory training takes when the frozen weights stay in their files (`training.stream_weights`).
 
-    python benchmarks/streamed_weights.py
+    nox -s bench -- streamed_weights
 
 Bases of random weights are written to a temporary folder, about 16 GB of them, and an adapter is trained on each for
 two steps, in a process of its own: loaded as usual where that is bearable, and streamed. What is measured is the

@@ -1,6 +1,6 @@
 """Speed and memory of training: plain transformers and PEFT, TRL with packing, Hyperion, and what each part gives.
 
-    nox -s bench                                        everything; begun again, it goes on where it was
+    nox -s bench -- training_speed                      everything; begun again, it goes on where it was
     python benchmarks/training_speed.py --rounds 1 --arms "plain,trl,hyperion"
     python benchmarks/training_speed.py --report        the page and the plot again, from what is measured
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_the_plan_says_which_pairs_nobody_has_run(rtn: None, method: str, tiny_m
     checks = make_plan(FinetuneConfig(**config), device="cpu").plan.checks
     untested = [check.what for check in checks if check.state == "untested"]
     assert untested == (["lora on rtn"] if method == "rtn" else [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_files_of_the_base_do_not_stay_in_memory_beside_the_quantized_weights(
+    rtn: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(**settings(tiny_model, "rtn", max_steps=1))
+    Trainer(config).train(DatasetProcessor(dataset=ROWS).prepare()[0], output_dir=tmp_path / "out")
+    tuned = load_tuned(tmp_path / "out")
+    assert str(tiny_model) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert "PackedLinear" in {type(module).__name__ for module in tuned.model.modules()}
 
 
 def test_bits_that_the_quantizer_cannot_do_are_refused_before_anything_is_loaded(

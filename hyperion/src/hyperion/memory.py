@@ -23,16 +23,18 @@ def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype
         length: tokens of the longest row.
     """
     batch = training.per_device_train_batch_size
-    checkpointed = training.recompute_layers
+    checkpointed = training.layers_to_recompute()
     if checkpointed is None:
         checkpointed = facts.layers if training.checkpoints_activations() else 0
+    away = training.offload_activations is not None
     if training.packing is False:
-        return Step(batch * length, length, dtype, None, checkpointed, fused=False, device=device)
+        return Step(batch * length, length, dtype, None, checkpointed, fused=False, device=device, offloaded=away)
     usual = _USUAL_PACK if device == "cpu" else length * batch
     capacity = max(length, training.pack_length or usual)
     tokens = min(capacity, length * batch * training.gradient_accumulation_steps)
     document = min(length, _KEPT_DOCUMENT)
-    return Step(tokens, document, dtype, None, checkpointed, fused=training.fused_layers, device=device)
+    fused = training.fused_layers
+    return Step(tokens, document, dtype, None, checkpointed, fused=fused, device=device, offloaded=away)
 
 
 def forecast(
@@ -57,5 +59,6 @@ def forecast(
     if streams:
         layers = [sum(m.parameters for m in layer.values()) for layer in layers_of(facts)]
         weights = (facts.parameters - sum(layers) + 2 * max(layers, default=0)) * BYTES[step.dtype]
-    held = Held(weights, adapter.memory.get("adapter", 0) // 4, tuple(targets), quantizer is not None)
+    loading = quantizer.memory.get("loading", 0) if quantizer else 0
+    held = Held(weights, adapter.memory.get("adapter", 0) // 4, tuple(targets), quantizer is not None, loading)
     return peak_memory(facts, held, step, optim or "")

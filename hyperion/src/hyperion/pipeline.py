@@ -390,8 +390,9 @@ def fit(
             packing=training.packing,
             pack_length=training.pack_length,
             fused_layers=training.fused_layers,
-            recompute_layers=training.recompute_layers,
+            recompute_layers=training.layers_to_recompute(),
             stream_weights=training.stream_weights,
+            offload_activations=training.offload_activations,
         ),
         resume=checkpoint,
     )

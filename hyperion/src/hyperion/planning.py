@@ -25,6 +25,7 @@ from .models.check import check_base
 from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
+from .optimization.recomputing_choice import with_recomputing
 from .planning_hooks import PlanningHooks
 from .preset import with_preset
 from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost, with_checkpoint
@@ -113,13 +114,18 @@ def make_plan(
     assert source is not None
 
     targets = _adapter_targets(config, asked, facts)
-    memory, trainable = _memory(config, asked, facts, bits, dtype, device, targets or [])
+
+    def memory_of(tried: FinetuneConfig) -> tuple[dict[str, int], int | None]:
+        return _memory(tried, asked, facts, bits, dtype, device, targets or [])
+
+    config, recomputed = with_recomputing(config, facts.layers, device, lambda tried: memory_of(tried)[0])
+    memory, trainable = memory_of(config)
     plan = Plan(
         config=config.as_data(),
         choices=tuple(choices),
         device=device,
         dtype=dtype,
-        settings=_settings(config, preset, facts, targets, rows, bits),
+        settings=_settings(config, preset, recomputed, facts, targets, rows, bits),
         checks=tuple(_checks(config, asked, facts, bits)),
         steps=steps,
         why_no_steps=why_no_steps,
@@ -315,6 +321,7 @@ def _memory(
 def _settings(
     config: FinetuneConfig,
     preset: str,
+    recomputed: str,
     facts: ModelFacts,
     targets: list[str] | None,
     rows: Rows,
@@ -331,6 +338,8 @@ def _settings(
         settings["adapter on"] = f"{len(targets)} modules: {names}"
     settings["data"] = _data_line(config, rows)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if recomputed:
+        settings["recompute_layers"] = recomputed
     settings["batch"] = (
         f"{batch} rows a step ({training.per_device_train_batch_size} × {training.gradient_accumulation_steps})"
         f", at most {effective_max_length(config, facts)} tokens a row"

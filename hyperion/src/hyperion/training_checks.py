@@ -38,7 +38,7 @@ def layer_problems(
 ) -> list[Problem]:
     """What is asked of single layers and does not fit this base."""
     found, asked = [], training.recompute_layers
-    if asked and facts.layers and asked > facts.layers:
+    if isinstance(asked, int) and 0 < facts.layers < asked:
         fix = f"recompute_layers: {facts.layers}, or gradient_checkpointing: true"
         what = f"recompute_layers: {asked} is more than {facts.source} has"
         found.append(Problem("recompute_layers", what, f"it has {facts.layers}", fix))
@@ -66,6 +66,16 @@ def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
             Problem("stream_weights", f"stream_weights does not work on {where}",
                     "weights are mapped from their files into the memory of a CPU, on Linux and macOS",
                     "leave it out, or set use_cpu: true")
+        )  # fmt: skip
+    if training.offload_activations == "ram" and device == "cpu":
+        found.append(
+            Problem("offload_activations", "activations are in RAM already", "the run is planned on the CPU",
+                    "offload_activations: disk, or leave it out")
+        )  # fmt: skip
+    if training.offload_activations == "disk" and sys.platform == "win32":
+        found.append(
+            Problem("offload_activations", "offload_activations: disk does not work on Windows",
+                    "a file that is in use cannot be given back there", "ram, or leave it out")
         )  # fmt: skip
     if not device.startswith("cuda"):
         found += [

@@ -31,6 +31,7 @@ _OURS = frozenset(
         "packing",
         "recompute_layers",
         "stream_weights",
+        "offload_activations",
         "pack_length",
         "fused_layers",
         "push_to_hub",
@@ -141,13 +142,17 @@ class TrainingConfig(StrictModel):
     fused_layers: bool = Field(
         True, description="Norms and MLPs with fewer passes over memory, where they give the same."
     )
-    recompute_layers: NonNegativeInt | None = Field(
-        None, description="Layers whose activations are computed again in the backward pass, counted from the first:"
-        " as many as memory asks for. gradient_checkpointing does so for all.",
+    recompute_layers: NonNegativeInt | Literal["auto"] | None = Field(
+        None, description="Layers whose activations are computed again in the backward pass, counted from the first;"
+        " auto: as few as the free memory asks for. gradient_checkpointing does so for all.",
     )  # fmt: skip
     stream_weights: bool = Field(
         False, description="Leave the base's frozen weights in their files and read them layer by layer (CPU): slower,"
         " in the memory of a few layers.",
+    )  # fmt: skip
+    offload_activations: Literal["ram", "disk"] | None = Field(
+        None, description="Where activations wait for the backward pass: ram (GPU), or disk, in the output folder:"
+        " slower, the same numbers.",
     )  # fmt: skip
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         "random", description="Order of the rows in an epoch."
@@ -223,6 +228,10 @@ class TrainingConfig(StrictModel):
             return False
         said = self.load_best_model_at_end
         return said if said is not None else self.save_strategy_in_force(evaluates) != "no"
+
+    def layers_to_recompute(self) -> int | None:
+        """What `recompute_layers` says, once planning has settled it; None leaves it to the other keys."""
+        return self.recompute_layers if isinstance(self.recompute_layers, int) else None
 
     def checkpoints_activations(self) -> bool:
         """Whether activations are computed again rather than kept, under either of transformers' names for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset
 from hyperion_core.errors import TrainingError
 from torch import nn
 
+from hyperion.acceleration import offloading
 from hyperion.acceleration.attention import NAME
 from hyperion.acceleration.documents import packed
 from hyperion.acceleration.fused import fused
@@ -222,6 +224,19 @@ def test_activations_that_are_computed_again_are_computed_within_documents(tiny,
         found.append(run.trained(run.fit(packing=True).model))
     for key, weight in found[0].items():
         assert torch.norm(found[1][key] - weight) <= 1e-4 * torch.norm(weight), key
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="not on Windows")
+def test_a_run_whose_activations_wait_on_disk_learns_the_same_to_the_bit(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(offloading, "_LEAST", 256)
+    found = []
+    for place in (None, "disk"):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        run = tiny.Run(folder, save_strategy="no", num_train_epochs=1)
+        found.append(run.trained(run.fit(offload_activations=place).model))
+        assert not list(folder.rglob(".activations*"))
+    assert all(torch.equal(found[1][key], weight) for key, weight in found[0].items())
 
 
 def test_packing_that_is_asked_for_and_cannot_be_is_refused_else_told(tiny, tmp_path, caplog):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hyperion_core.errors import CompatibilityError, ConfigError
@@ -105,3 +106,57 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     from hyperion.cli.plan import size_in_bytes
 
     assert size_in_bytes(text) == size
+
+
+def test_no_more_layers_are_computed_again_than_the_memory_asks_for(large: Path) -> None:
+    """Of the slowest and smallest way between none and all: one layer less would not fit."""
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.search import candidates
+
+    config = FinetuneConfig.parse({"base_model": str(large), "adapter": {"type": "lora"}})
+    memory, process = 200 * 1024 * MiB, 600 * MiB
+    some = [each for each in candidates(config, "cuda", memory, process) if 0 < each.step.checkpointed < 80]
+    assert some
+    for each in some:
+        assert each.fits(memory) and each.lines()["training"]["recompute_layers"] == each.step.checkpointed
+        less = {**each.config.training.given(), "recompute_layers": each.step.checkpointed - 1}
+        smaller = each.config.replace(training=less)
+        rivals = candidates(smaller, "cuda", memory, process)
+        assert not any(
+            rival.fits(memory)
+            for rival in rivals
+            if (rival.bits, rival.method, rival.rank, rival.step.tokens)
+            == (each.bits, each.method, each.rank, each.step.tokens)
+            and rival.step.checkpointed < each.step.checkpointed
+        )
+
+
+def test_auto_computes_as_few_layers_again_as_the_free_memory_asks_for(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    from hyperion_core.testing.tiny import save_tiny_base
+
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization import recomputing_choice
+    from hyperion.planning import make_plan
+
+    save_tiny_base(tmp_path / "base")
+
+    def planned(asked: Any) -> Any:
+        return make_plan(
+            FinetuneConfig.parse(
+                {"base_model": str(tmp_path / "base"), "dtype": "float32", "adapter": {"type": "lora"},
+                 "training": {"max_length": 64, "recompute_layers": asked}}
+            ),
+            device="cpu",
+        )  # fmt: skip
+
+    needs = [sum(planned(count).plan.memory.values()) for count in range(3)]
+    assert needs[0] > needs[1]
+    monkeypatch.setitem(recomputing_choice.PROCESS, "cpu", 0)
+    for free, count in ((needs[0], 0), (needs[1], 1), (1, 2)):
+        monkeypatch.setattr(recomputing_choice, "free_memory", lambda device, free=free: int(free / 0.9) + 1)
+        found = planned("auto")
+        assert found.config.training.recompute_layers == count
+        assert f"{count} of 2" in found.plan.settings["recompute_layers"]
+    monkeypatch.setattr(recomputing_choice, "free_memory", lambda device: None)
+    assert planned("auto").config.training.checkpoints_activations()

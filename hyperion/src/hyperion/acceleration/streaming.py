@@ -9,6 +9,7 @@ the system keeps in its own cache.
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def let_go(weight: Tensor) -> None:
 def streamed(model: Module) -> Iterator[None]:
     """Inside, the frozen parameters of each layer leave memory when the layer has been computed, forward or backward.
 
-    Only for a model of `mapped_model`: parameters that are not mapped, or were changed, stay.
+    Only for a model of `mapped_model`: parameters that are not mapped, or were changed in place, stay. What is written
+    through a parameter's `.data` is not seen as a change: it may be gone after the layer.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -105,10 +107,16 @@ class _Resident:
         for parameter, mapped in self._found:
             # one that was written to, or replaced, is no longer what the file holds
             if (parameter.data_ptr(), parameter._version) == mapped:
-                first = -(-mapped[0] // _PAGE) * _PAGE
-                length = (mapped[0] + parameter.nbytes) // _PAGE * _PAGE - first
-                if length > 0:
-                    _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _DONT_NEED)
+                release(parameter)
+
+
+def release(mapped: Tensor) -> None:
+    """Of the pages that a tensor in a mapped file fills: they are read again when they are needed."""
+    start = mapped.data_ptr()
+    first = -(-start // _PAGE) * _PAGE
+    length = (start + mapped.nbytes) // _PAGE * _PAGE - first
+    if length > 0:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _DONT_NEED)
 
 
 @cache
@@ -122,7 +130,11 @@ def _named(dtype: torch.dtype) -> str:
 
 def _mapped(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        with safe_open(folder / name, framework="pt") as opened:
             tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
     return tensors

@@ -91,7 +91,7 @@ def _as_data(candidate: Candidate, rate: float | None) -> dict[str, Any]:
         "quantization": {"method": candidate.method or None, "bits": candidate.bits},
         "rank": candidate.rank,
         "tokens_a_pass": candidate.step.tokens,
-        "checkpointing": bool(candidate.step.checkpointed),
+        "layers_computed_again": candidate.step.checkpointed,
         "memory": candidate.memory,
         "process": candidate.process,
         "total": candidate.peak + candidate.process,
@@ -109,7 +109,7 @@ def _show(found: Found, rate: float | None) -> None:
     from .console import out
 
     named = [f"{part}, MiB" for part in found.chosen.memory]
-    table = Table("", "base held", "rank", "tokens a pass", "checkpointing", *named,
+    table = Table("", "base held", "rank", "tokens a pass", "layers computed again", *named,
                   "process", "total", "s a step (estimate)", box=None, pad_edge=False)  # fmt: skip
     for each in found.alternatives:
         seconds = _seconds(each, rate)
@@ -118,14 +118,12 @@ def _show(found: Found, rate: float | None) -> None:
             f"{each.method}, {each.bits} bits" if each.method else "not quantized",
             str(each.rank or "-"),
             str(each.step.tokens),
-            "yes" if each.step.checkpointed else "no",
+            str(each.step.checkpointed),
             *(f"{size / MiB:,.0f}" for size in (*each.memory.values(), each.process, each.peak + each.process)),
             "-" if seconds is None else f"{seconds:,.2f}",
         ]
         table.add_row(*map(Text, cells), style="bold" if each is found.chosen else "")
     console = out()
     console.print(table)
-    if found.chosen.step.device == "cpu":
-        console.print(Text("The allocator is not counted: peaks measured on a CPU were up to 6 times these.", "yellow"))
     console.print(Text("\nFor the config:", style="green"))
     console.print(Text(yaml.safe_dump(found.chosen.lines(), sort_keys=False).rstrip()))

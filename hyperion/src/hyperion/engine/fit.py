@@ -15,6 +15,7 @@ from torch.nn import Module
 from transformers import TrainingArguments
 
 from ..acceleration.fused import fused
+from ..acceleration.offloading import Place, offloaded
 from ..acceleration.packing import drops
 from ..acceleration.recomputing import RecomputedLayers
 from ..acceleration.streaming import streamed
@@ -54,7 +55,8 @@ class Speed:
     `packing`: rows end to end without padding; None where the model can. `pack_length`: tokens of a pack; None chooses.
     `fused_layers`: norms and MLPs with fewer passes over the activations. `recompute_layers`: how many of the first
     layers compute their activations again; None leaves it to the training arguments. `stream_weights`: those of a base
-    that was mapped from its files are let go of layer by layer.
+    that was mapped from its files are let go of layer by layer. `offload_activations`: where activations wait for the
+    backward pass, if not on the device.
     """
 
     packing: bool | None = None
@@ -62,6 +64,7 @@ class Speed:
     fused_layers: bool = True
     recompute_layers: int | None = None
     stream_weights: bool = False
+    offload_activations: Place | None = None
 
     def capacity(self, longest: int, args: TrainingArguments) -> int | None:
         """Tokens of a pack, where the longest row has so many; None pads."""
@@ -147,6 +150,7 @@ def fit(
     batching = Batching(Collator(tokenizer.pad_token_id), speed.capacity(longest, args), sharing=not drops(model))
     faster = fused(model) if speed.fused_layers else nullcontext()
     streaming = streamed(model) if speed.stream_weights else nullcontext()
+    away = offloaded(model, speed.offload_activations, output) if speed.offload_activations else nullcontext()
     with (
         borrowed(model, checkpointing=checkpointing),
         faster,
@@ -170,7 +174,8 @@ def fit(
         engine.settle_packing(required=speed.packing is True)
         batching = engine.batching
         hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
-        finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
+        with away:
+            finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
         if interruption.requested:
             ctx.log.warning("training was over when the signal came: the artifact is written")
     state = engine.state

@@ -115,3 +115,17 @@ def _cpu_has_bf16() -> bool:
         return False
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
     return any(_CPU_BF16_FLAGS & set(line.split()) for line in lines)
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a run could take; None where it cannot be told."""
+    if device == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info()
+        return int(free)
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return None

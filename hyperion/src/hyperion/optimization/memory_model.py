@@ -11,11 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hyperion_core.facts import ModelFacts, ModuleFact
+from hyperion_core.facts import MiB, ModelFacts, ModuleFact
 
 from ..engine.chunk import logits_chunk
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# What the process holds before any weights: Python, torch and the libraries. On a CPU as measured; a GPU's context is
+# an estimate.
+PROCESS = {"cpu": 640 * MiB, "cuda": 600 * MiB, "mps": 640 * MiB}
+
+# Fixed bytes, and a share of each part, by type: from `benchmarks/memory_prediction.py --fit`, on Linux with glibc.
+ALLOCATOR: dict[str, tuple[float, dict[str, float]]] = {
+    "float32": (0.0, {}),
+    "bfloat16": (0.0, {}),
+    "float16": (0.0, {}),
+}
 
 # Of acceleration/attention.py: queries of a block, and tokens of a document whose probabilities are kept.
 _BLOCK = 128
@@ -38,6 +49,7 @@ class Step:
         supervised: tokens that are learnt; None is all but the first of each row.
         checkpointed: layers, from the first, that compute their activations again.
         fused: rows are packed and layers are fused.
+        offloaded: activations wait elsewhere for the backward pass, all but those of the layer at hand.
     """
 
     tokens: int
@@ -47,6 +59,7 @@ class Step:
     checkpointed: int = 0
     fused: bool = True
     device: str = "cpu"
+    offloaded: bool = False
 
     def documents(self) -> list[int]:
         full, rest = divmod(self.tokens, max(1, self.document))
@@ -59,12 +72,14 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Held:
     """What is there before a step. `weights`: bytes of the base; `adapter`: trainable numbers; `targets`: the modules
-    that have an adapter, by full name; `quantized`: weights are unpacked when they are used."""
+    that have an adapter, by full name; `quantized`: weights are unpacked when they are used; `loading`: bytes of the
+    files that are read beside the weights, where loading quantizes."""
 
     weights: int
     adapter: int = 0
     targets: tuple[str, ...] = ()
     quantized: bool = False
+    loading: int = 0
 
 
 def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> dict[str, int]:
@@ -77,7 +92,7 @@ def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> d
     trained = 4 * held.adapter
     logits = logits_bytes(facts, step)
     behind = backward_bytes(facts, held, step)
-    return {
+    parts = {
         "weights": held.weights,
         "adapter": trained,
         "gradients": trained,
@@ -87,6 +102,19 @@ def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> d
         # the logits are gone when the layers' backward pass begins: of the two, the peak has the larger
         "workspace": max(0, behind - logits),
     }
+    if step.device == "cpu":
+        parts["allocator"] = int(allocator_bytes(parts, step))
+        # loading is over when the rest begins; on another device the files are not in its memory
+        beyond = held.weights + held.loading - sum(parts.values())
+        parts["workspace"] += max(0, beyond)
+    return parts
+
+
+def allocator_bytes(parts: Mapping[str, int], step: Step) -> float:
+    """What a CPU's allocator and its kernels hold beyond the tensors: holes that no later tensor fits into, and the
+    kernels' own copies of what they multiply. Linear in the other parts, as measured."""
+    fixed, shares = ALLOCATOR[step.dtype]
+    return fixed + sum(share * parts[part] for part, share in shares.items())
 
 
 def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
@@ -95,8 +123,8 @@ def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
     layers = layers_of(facts)
     targets = frozenset(held.targets)
     own = [_layer_bytes(facts, layer, targets, step, first=number == 0) for number, layer in enumerate(layers)]
-    total = sum(own[step.checkpointed :])
-    if step.checkpointed:
+    total = max(own, default=0) if step.offloaded else sum(own[step.checkpointed :])
+    if step.checkpointed and not step.offloaded:
         # every one's input, and of all that are computed again one at a time
         total += min(step.checkpointed, len(own)) * tokens * facts.hidden_size * size
         again = max(own[: step.checkpointed], default=0)

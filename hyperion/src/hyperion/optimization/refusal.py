@@ -5,6 +5,7 @@ from __future__ import annotations
 from hyperion_core.errors import CompatibilityError, HyperionError
 from hyperion_core.facts import MiB
 
+from ..models.hardware import free_memory
 from ..planning import Planned
 from .search import described, search
 
@@ -38,17 +39,3 @@ def refuse_what_cannot_fit(planned: Planned) -> None:
         why=f"in MiB: {parts}",
         fix=fix,
     )
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes that a run could take; None where it cannot be told."""
-    if device == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info()
-        return int(free)
-    if device == "cpu":
-        import psutil
-
-        return int(psutil.virtual_memory().available)
-    return None

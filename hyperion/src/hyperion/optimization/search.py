@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,14 +20,12 @@ from ..planning import choose_plugins, effective_max_length
 from ..planning_hooks import PlanningHooks
 from ..quantization.choice import quantizer_names
 from ..quantization.planning import PlannedBits, quantized_cost, uniform_bits
-from .memory_model import Held, Step
+from .memory_model import PROCESS, Held, Step
+from .recomputing_choice import fewest
 from .time_model import step_operations
 
 Target = Literal["speed", "balanced", "quality"]
 
-# What the process holds before any weights: Python, torch and the libraries. On a CPU as measured; a GPU's context is
-# an estimate.
-PROCESS = {"cpu": 640 * MiB, "cuda": 600 * MiB, "mps": 640 * MiB}
 _WIDTHS = (8, 4)
 _RANKS = (64, 32, 16, 8)
 _PACKS = (4096, 2048, 1024, 512, 256)
@@ -58,7 +56,11 @@ class Candidate:
         """The keys of the config that make it so."""
         adapter = {**self.config.adapter.given(), "type": self.config.adapter.type}
         training = self.config.training
-        chosen = {"pack_length": training.pack_length, "gradient_checkpointing": bool(self.step.checkpointed)}
+        chosen = {
+            name: said
+            for name in ("pack_length", "recompute_layers", "gradient_checkpointing")
+            if (said := getattr(training, name, None)) is not None
+        }
         held = (
             {"quantization": {**self.config.quantization.given(), "method": self.method}}
             if self.config.quantization
@@ -93,9 +95,8 @@ def search(
         ModelError: nothing is known of the base model.
         CompatibilityError: nothing fits.
     """
-    every = candidates(config, device)
-    if process is not None:
-        every = [replace(each, process=process) for each in every]
+    process = PROCESS[device] if process is None else process
+    every = candidates(config, device, memory, process)
     fitting = sorted((each for each in every if each.fits(memory)), key=lambda each: _order(each, target))
     if not fitting:
         least = min(every, key=lambda each: each.peak)
@@ -112,8 +113,11 @@ def search(
     return Found(fitting[0], tuple(best.values()))
 
 
-def candidates(config: FinetuneConfig, device: str) -> list[Candidate]:
-    """Every set of settings that is possible.
+def candidates(config: FinetuneConfig, device: str, memory: int, process: int) -> list[Candidate]:
+    """Every set of settings that is possible, with no layer, all layers, and as few as fit computed again.
+
+    Args:
+        memory: bytes of the device, of which the process itself takes `process`.
 
     Raises:
         ModelError: nothing is known of the base model.
@@ -134,7 +138,7 @@ def candidates(config: FinetuneConfig, device: str) -> list[Candidate]:
     found: list[Candidate] = []
     for quantization in _quantizations(config, device):
         for rank in ranks:
-            found += _with(config, facts, quantization, rank, device)
+            found += _with(config, facts, quantization, rank, device, memory, process)
     return found
 
 
@@ -146,7 +150,7 @@ def described(candidate: Candidate) -> str:
     """In a few words."""
     held = f"{candidate.method}, {candidate.bits} bits" if candidate.method else "not quantized"
     rank = f"rank {candidate.rank}, " if candidate.rank else ""
-    again = ", activations computed again" if candidate.step.checkpointed else ""
+    again = f", {candidate.step.checkpointed} layers computed again" if candidate.step.checkpointed else ""
     return f"{held}, {rank}{candidate.step.tokens} tokens a pass{again}"
 
 
@@ -171,7 +175,13 @@ def _quantizations(config: FinetuneConfig, device: str) -> list[dict[str, Any] |
 
 
 def _with(
-    config: FinetuneConfig, facts: ModelFacts, quantization: dict[str, Any] | None, rank: int | None, device: str
+    config: FinetuneConfig,
+    facts: ModelFacts,
+    quantization: dict[str, Any] | None,
+    rank: int | None,
+    device: str,
+    size: int,
+    process: int,
 ) -> list[Candidate]:
     adapter = config.adapter.given() if rank is None else {**config.adapter.given(), "r": rank}
     adapter = {**adapter, "type": config.adapter.type}
@@ -198,21 +208,28 @@ def _with(
     method = str(base.quantization.method) if base.quantization else ""
     found = []
     for pack in sorted({max(length, tokens) for tokens in _PACKS}, reverse=True):
-        for again in (False, True):
-            changed = {**base.training.given(), "pack_length": pack, "gradient_checkpointing": again}
-            for name in ("recompute_layers", "activation_checkpointing"):
-                changed.pop(name, None)
-            tried = base.replace(training=changed)
+
+        def candidate(again: int, pack: int = pack) -> Candidate:
+            tried = base.replace(training=_training(base, facts, pack, again))
             step = planned_step(tried.training, facts, length, dtype, device)
             memory = forecast(facts, cost, held_as, step, tried.training.optim, targets,
                               streams=tried.training.stream_weights)  # fmt: skip
             held = Held(memory["weights"], cost.memory.get("adapter", 0) // 4, targets, held_as is not None)
             rows = tried.training.per_device_train_batch_size * tried.training.gradient_accumulation_steps
             operations = step_operations(facts, held, step, rows * length)
-            found.append(
-                Candidate(tried, width, method, rank, step, memory, PROCESS[device], operations, facts.hidden_size)
-            )
+            return Candidate(tried, width, method, rank, step, memory, process, operations, facts.hidden_size)
+
+        needed = fewest(facts.layers, lambda again, candidate=candidate: candidate(again).fits(size))  # type: ignore[misc]
+        found += [candidate(again) for again in sorted({0, needed, facts.layers})]
     return found
+
+
+def _training(config: FinetuneConfig, facts: ModelFacts, pack: int, again: int) -> dict[str, Any]:
+    given = {**config.training.given(), "pack_length": pack}
+    for name in ("recompute_layers", "gradient_checkpointing", "activation_checkpointing"):
+        given.pop(name, None)
+    some = 0 < again < facts.layers
+    return {**given, **({"recompute_layers": again} if some else {"gradient_checkpointing": again > 0})}
 
 
 def _bits(config: FinetuneConfig) -> PlannedBits:

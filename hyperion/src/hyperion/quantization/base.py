@@ -51,6 +51,7 @@ def load_quantizable(
     Raises:
         HyperionError: the folder cannot be loaded, the quantizer refuses it, or what it makes cannot be kept.
     """
+    from ..models.lean_loading import own_weights, returning_memory
     from ..models.load import load_model
 
     if config is None or config.method is None:
@@ -74,14 +75,18 @@ def load_quantizable(
     source = base
     if _prepares(plugin):
         source = prepared(base, plugin, quantizer, config, bits, ctx, calibration, calibration_hash)
-    model = load_model(
-        source,
-        dtype=ctx.plan.dtype,
-        device=ctx.device,
-        trust_remote_code=trust_remote_code,
-        load_kwargs=quantizer.quantizer_load_kwargs(source=source, config=config, bits=bits, ctx=ctx),
-    )
-    quantized: Any = quantizer.quantizer_after_load(model=model, config=config, bits=bits, training=training)
+    load_kwargs = quantizer.quantizer_load_kwargs(source=source, config=config, bits=bits, ctx=ctx)
+    with returning_memory():
+        model = load_model(
+            source,
+            dtype=ctx.plan.dtype,
+            device=ctx.device,
+            trust_remote_code=trust_remote_code,
+            load_kwargs=load_kwargs,
+        )
+        quantized: Any = quantizer.quantizer_after_load(model=model, config=config, bits=bits, training=training)
+        del model
+        own_weights(quantized)
     return quantized
 
 

@@ -17,6 +17,7 @@ from hyperion_core.registry import registry
 from ..data.arguments import DataArgumentsError
 from ..data.processor import DatasetProcessor
 from ..models.source import BaseModelSource
+from ..optimization.memory_model import BYTES
 from ..planning_hooks import PlanningHooks
 from .allocation import shared_group
 from .existing import reader_of, recognized, refuse_other, saved_quantization
@@ -133,13 +134,16 @@ def _same_everywhere(quantization: QuantizationConfig) -> Problem:
 def quantized_cost(
     config: QuantizationConfig, hooks: PlanningHooks, facts: ModelFacts, bits: PlannedBits, dtype: str
 ) -> Cost:
-    """Of the whole base."""
+    """Of the whole base: "weights", and "loading", what is read beside them where loading quantizes."""
     if bits.known is None and config.budget_mb is not None:
         budget = int(config.budget_mb * 1e6)
-        return Cost({"weights": budget}, disk=budget)
-    return hooks.quantizer(str(config.method)).quantizer_estimate(
-        config=config, model=facts, bits=bits.assumed, dtype=dtype
-    )
+        cost = Cost({"weights": budget}, disk=budget)
+    else:
+        cost = hooks.quantizer(str(config.method)).quantizer_estimate(
+            config=config, model=facts, bits=bits.assumed, dtype=dtype
+        )
+    prepares = hasattr(hooks.plugin("quantizer", str(config.method)), "quantizer_prepare")
+    return cost if prepares else cost + Cost({"loading": facts.parameters * BYTES[dtype]})
 
 
 def described(config: QuantizationConfig, bits: PlannedBits) -> str:

@@ -1,0 +1,48 @@
+"""`recompute_layers: auto`: as few layers compute their activations again as the memory asks for. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+
+from ..config import FinetuneConfig
+from ..models.hardware import free_memory
+from .memory_model import PROCESS
+
+_SHARE = 0.9  # of the free memory: other processes want some, too
+
+
+def with_recomputing(
+    config: FinetuneConfig, layers: int, device: str, memory_of: Callable[[FinetuneConfig], Mapping[str, int]]
+) -> tuple[FinetuneConfig, str]:
+    """The config with a number of layers where it says "auto", and a line for the plan: "" where it does not.
+
+    Args:
+        layers: of the base; 0 where nothing is known of it.
+        memory_of: peak bytes by part of a run with such a config.
+    """
+    if config.training.recompute_layers != "auto":
+        return config, ""
+    free = free_memory(device)
+    if not layers or free is None:
+        chosen = _with(config, None)
+        return chosen, "auto: all layers, for nothing is known of " + ("the free memory" if layers else "the base yet")
+    if "torch" not in sys.modules:  # what the libraries will take is not taken yet
+        free -= PROCESS[device]
+    room = int(free * _SHARE)
+    count = fewest(layers, lambda tried: sum(memory_of(_with(config, tried)).values()) <= room)
+    return _with(config, count), f"auto: {count} of {layers}"
+
+
+def fewest(layers: int, fits: Callable[[int], bool]) -> int:
+    """How many layers must compute again so that the run fits; all of them where it never does."""
+    return min(layers, bisect_left(range(layers + 1), True, key=fits))
+
+
+def _with(config: FinetuneConfig, count: int | None) -> FinetuneConfig:
+    training = {**config.training.given(), "recompute_layers": count}
+    if count is None:
+        training = {**config.training.given(), "gradient_checkpointing": True}
+        del training["recompute_layers"]
+    return config.replace(training=training)
