@@ -1,7 +1,7 @@
 """Predicted against measured peak memory over a grid of runs.
 
     nox -s bench -- memory_prediction [--jobs 2] [--only-report]
-    python benchmarks/memory_prediction.py --fit        the constants of memory_model.ALLOCATOR, from two thirds of it
+    python benchmarks/memory_prediction.py --fit        memory_model.ALLOCATOR, from two thirds of the runs
 
 Every run has a process of its own (memory_prediction_runs.py, which says what is measured). Runs that are done are kept
 in the results file, so the benchmark can be stopped and started again. A third of the runs, chosen by a hash of what
@@ -19,18 +19,19 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hyperion_core.facts import Cost, ModelFacts, ModuleFact, Workload
+from hyperion_core.facts import ModelFacts, ModuleFact, Workload
 from memory_prediction_runs import METHODS as HELD
 from memory_prediction_runs import SHAPES
 
 from hyperion.config import FinetuneConfig
-from hyperion.memory import forecast
-from hyperion.optimization.memory_model import Step
+from hyperion.memory import held_before
+from hyperion.optimization.memory_model import ALLOCATOR, Held, Step, beyond_tensors, peak_memory
 from hyperion.planning import choose_plugins
 from hyperion.planning_hooks import PlanningHooks
 from hyperion.quantization.planning import PlannedBits, quantized_cost, uniform_bits
@@ -41,7 +42,6 @@ CHILD = Path(__file__).parent / "memory_prediction_runs.py"
 # Tokens of a pack, and the documents in it; long ones are tried with and without checkpointing.
 LENGTHS = {"14M": ((256, 2), (1024, 4)), "50M": ((256, 4), (1024, 2)), "135M": ((128, 2), (512, 4)),
            "300M": ((128, 1), (384, 3))}  # fmt: skip
-FITTED = ("activations", "logits", "workspace")
 METHODS = (("none", "float32"), ("none", "bfloat16"), ("4 bits", "bfloat16"), ("8 bits", "float32"))
 
 
@@ -108,8 +108,8 @@ def facts_of(size: str) -> ModelFacts:
                       attention_heads=shape["num_attention_heads"])  # fmt: skip
 
 
-def predicted(run: dict[str, Any], *, bare: bool = False) -> dict[str, int]:
-    """Peak bytes by part, as a plan of the run says; `bare`: of its tensors alone, once the base is loaded."""
+def planned(run: dict[str, Any]) -> tuple[ModelFacts, Held, Step]:
+    """What a plan of the run makes of its config."""
     facts = facts_of(run["size"])
     data = {"base_model": run["size"], "adapter": {"type": "lora", "r": run["r"], "target_modules": run["targets"]}}
     if HELD[run["method"]]:
@@ -126,28 +126,31 @@ def predicted(run: dict[str, Any], *, bare: bool = False) -> dict[str, int]:
         held_as = quantized_cost(config.quantization, hooks, facts, PlannedBits(bits, bits), run["dtype"])
     step = Step(run["tokens"], length, run["dtype"], None, facts.layers if run["checkpointing"] else 0)
     targets = driver.adapter_targets(config=config.adapter, model=facts)
-    if bare and held_as is not None:
-        held_as = Cost({"weights": held_as.memory["weights"]})
-    parts = forecast(facts, cost, held_as, step, None, targets)
-    return {part: size for part, size in parts.items() if not (bare and part == "allocator")}
+    return facts, held_before(facts, cost, held_as, step, targets), step
 
 
-def fitted(rows: list[dict[str, Any]]) -> dict[str, tuple[float, dict[str, float]]]:
-    """By type, fixed bytes and shares of the parts: of the runs that are not held out, least squares of the relative
-    error of the peak once the base is loaded, none of them below 0."""
+def predicted(run: dict[str, Any]) -> dict[str, int]:
+    """Peak bytes by part, as a plan of the run says."""
+    return peak_memory(*planned(run))
+
+
+def fitted(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`memory_model.ALLOCATOR`: of the runs that are not held out, least squares of the relative error of the peak once
+    the base is loaded, nothing below 0."""
     import numpy
     from scipy.optimize import nnls
 
-    found = {}
-    for dtype in sorted({row["run"]["dtype"] for row in rows}):
-        known = [row for row in rows if row["run"]["dtype"] == dtype and not held_out(row["run"])]
-        parts = [predicted(row["run"], bare=True) for row in known]
-        peaks = numpy.array([row["bytes"]["training"] for row in known], dtype=float)
-        columns = numpy.array([[1e6, *(each[part] for part in FITTED)] for each in parts], dtype=float)
-        missing = peaks - [sum(each.values()) for each in parts]
-        fixed, *shares = nnls(columns / peaks[:, None], missing / peaks)[0]
-        found[dtype] = (round(1e6 * fixed), dict(zip(FITTED, (round(share, 3) for share in shares), strict=True)))
-    return found
+    columns, missing = [], []
+    for row in rows:
+        if not held_out(row["run"]):
+            facts, held, step = planned(row["run"])
+            parts = peak_memory(facts, replace(held, loading=0), step)
+            found, peak = beyond_tensors(facts, held, step, parts), row["bytes"]["peak"]
+            tensors = sum(size for part, size in parts.items() if part != "allocator")
+            columns.append([found[name] / peak for name in ALLOCATOR])
+            missing.append((row["bytes"]["training"] - tensors) / peak)
+    shares = nnls(numpy.array(columns), numpy.array(missing))[0]
+    return {name: round(float(share), 2) for name, share in zip(ALLOCATOR, shares, strict=True)}
 
 
 def report(rows: list[dict[str, Any]]) -> None:

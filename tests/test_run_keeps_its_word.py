@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def test_other_data_is_not_resumed(tiny_model: Path, tmp_path: Path) -> None:
     (out / "hyperion.json").unlink()
     with pytest.raises(HyperionError, match="the training data is not what the run in"):
         trainer.train(prepared(list(reversed(ROWS))), output_dir=out, resume=True)
+
+
+def test_where_activations_wait_may_change_when_a_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    """`recompute_layers: auto` depends on the memory that is free at the moment: the bytes do not."""
+    out = tmp_path / "out"
+    Trainer(config(tiny_model, max_steps=4, save_steps=2)).train(prepared(), output_dir=out)
+    whole = (out / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "hyperion.json").unlink()
+    Trainer(config(tiny_model, max_steps=4, save_steps=2, recompute_layers=1)).train(
+        prepared(), output_dir=out, resume=True
+    )
+    assert (out / "adapter_model.safetensors").read_bytes() == whole
 
 
 OBJECTIVE = """

@@ -55,10 +55,17 @@ def forecast(
         targets: full names of the modules that have an adapter.
         streams: the base stays in its files, of which two layers are resident at a time.
     """
+    return peak_memory(facts, held_before(facts, adapter, quantizer, step, targets, streams=streams), step, optim or "")
+
+
+def held_before(
+    facts: ModelFacts, adapter: Cost, quantizer: Cost | None, step: Step, targets: Sequence[str], *,
+    streams: bool = False,
+) -> Held:  # fmt: skip
+    """What is there before a step, of what the plugins reckon."""
     weights = quantizer.memory.get("weights", 0) if quantizer else facts.parameters * BYTES[step.dtype]
     if streams:
         layers = [sum(m.parameters for m in layer.values()) for layer in layers_of(facts)]
         weights = (facts.parameters - sum(layers) + 2 * max(layers, default=0)) * BYTES[step.dtype]
     loading = quantizer.memory.get("loading", 0) if quantizer else 0
-    held = Held(weights, adapter.memory.get("adapter", 0) // 4, tuple(targets), quantizer is not None, loading)
-    return peak_memory(facts, held, step, optim or "")
+    return Held(weights, adapter.memory.get("adapter", 0) // 4, tuple(targets), quantizer is not None, loading)

@@ -31,11 +31,12 @@ PREPARED = "prepared_adapter.json"
 _REMAINS = frozenset({PLAN, DATA, PREPARED, LOCK, BIT_PLAN, HEAT_MAP, "metrics.jsonl", "timing.jsonl", "samples.jsonl"})
 RESUMED = "resumed.jsonl"
 _IN_USE = ".in-use.lock"
-# Settings that may differ when a run goes on: they change what is shown or kept, not what is learnt.
+# Settings that may differ when a run goes on: they change what is shown or kept, or where, not what is learnt.
 _MAY_DIFFER = frozenset(
     {"output_dir", "plugins", "training.logging_steps", "training.save_total_limit", "training.report_to",
      "training.eval_samples", "training.eval_samples_max_new_tokens", "training.push_to_hub", "training.hub_model_id",
-     "training.hub_private_repo", "training.run_name"}
+     "training.hub_private_repo", "training.run_name", "training.recompute_layers", "training.gradient_checkpointing",
+     "training.activation_checkpointing", "training.offload_activations", "training.stream_weights"}
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def _in_file(tensor: Tensor, file: Path) -> Tensor:
     """A copy that is mapped from a file, whose pages leave memory at once; the file goes with the copy."""
     storage = torch.UntypedStorage.from_file(str(file), True, tensor.nbytes)
     file.unlink()
-    copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, _strides(tensor))  # type: ignore[call-overload]
+    copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, _strides(tensor))
     copy.copy_(tensor)
     release(copy)
     return copy

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGE = 1 << 20  # bytes: from here on a tensor gets pages of its own, which go back when it goes
+_LARGE = 1 << 17  # bytes: from here on a tensor gets pages of its own, which go back when it goes
 _USUAL = 32 << 20  # what glibc itself comes to once such tensors have been freed
 
 

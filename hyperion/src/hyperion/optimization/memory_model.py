@@ -21,12 +21,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # an estimate.
 PROCESS = {"cpu": 640 * MiB, "cuda": 600 * MiB, "mps": 640 * MiB}
 
-# Fixed bytes, and a share of each part, by type: from `benchmarks/memory_prediction.py --fit`, on Linux with glibc.
-ALLOCATOR: dict[str, tuple[float, dict[str, float]]] = {
-    "float32": (0.0, {}),
-    "bfloat16": (0.0, {}),
-    "float16": (0.0, {}),
-}
+# Of `beyond_tensors`: how much of each there is, from `benchmarks/memory_prediction.py --fit`, on Linux with glibc.
+ALLOCATOR = {"sixteen bits": 0.0, "activations": 0.0, "logits": 0.0, "unpacked": 0.0, "again": 0.0}
 
 # Of acceleration/attention.py: queries of a block, and tokens of a document whose probabilities are kept.
 _BLOCK = 128
@@ -103,18 +99,35 @@ def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> d
         "workspace": max(0, behind - logits),
     }
     if step.device == "cpu":
-        parts["allocator"] = int(allocator_bytes(parts, step))
+        parts["allocator"] = allocator_bytes(facts, held, step, parts)
         # loading is over when the rest begins; on another device the files are not in its memory
         beyond = held.weights + held.loading - sum(parts.values())
         parts["workspace"] += max(0, beyond)
     return parts
 
 
-def allocator_bytes(parts: Mapping[str, int], step: Step) -> float:
-    """What a CPU's allocator and its kernels hold beyond the tensors: holes that no later tensor fits into, and the
-    kernels' own copies of what they multiply. Linear in the other parts, as measured."""
-    fixed, shares = ALLOCATOR[step.dtype]
-    return fixed + sum(share * parts[part] for part, share in shares.items())
+def allocator_bytes(facts: ModelFacts, held: Held, step: Step, parts: Mapping[str, int]) -> int:
+    """What a CPU's allocator and its kernels hold beyond the tensors, as measured."""
+    return int(sum(ALLOCATOR[name] * size for name, size in beyond_tensors(facts, held, step, parts).items()))
+
+
+def beyond_tensors(facts: ModelFacts, held: Held, step: Step, parts: Mapping[str, int]) -> dict[str, float]:
+    """What `ALLOCATOR` counts in, in bytes.
+
+    Kernels of 16-bit types have a workspace of their own; between activations and logits of different sizes holes are
+    left that no later tensor fits into; the weights of a quantized layer are unpacked to float32; and a layer that is
+    computed again does so beside its gradients.
+    """
+    layers = layers_of(facts)
+    layer = max((sum(m.shape[0] * m.shape[1] for m in each.values()) for each in layers), default=0)
+    widest = max((max(m.shape) for m in facts.linear()), default=0)
+    return {
+        "sixteen bits": 1e6 if BYTES[step.dtype] == 2 else 0.0,
+        "activations": parts["activations"],
+        "logits": parts["logits"],
+        "unpacked": 4.0 * layer if held.quantized else 0.0,
+        "again": step.tokens * widest * BYTES[step.dtype] if step.checkpointed else 0.0,
+    }
 
 
 def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
