@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptive_bits_measures import BASE, Bench, cache_dir, materialize, resolve_source
+from adaptive_bits_measures import BASE, Bench, cache_dir, load_tokenizer, materialize, resolve_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,10 @@ class TunedBench(Bench):
     @cached_property
     def untuned(self) -> Path:
         return materialize(resolve_source(BASE), cache_dir(), print)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.untuned)  # there before the merged model is
 
     @cached_property
     def base(self) -> Path:

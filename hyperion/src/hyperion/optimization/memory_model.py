@@ -22,7 +22,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = {"cpu": 640 * MiB, "cuda": 600 * MiB, "mps": 640 * MiB}
 
 # Of `beyond_tensors`: how much of each there is, from `benchmarks/memory_prediction.py --fit`, on Linux with glibc.
-ALLOCATOR = {"sixteen bits": 0.0, "activations": 0.0, "logits": 0.0, "unpacked": 0.0, "again": 0.0}
+ALLOCATOR = {"sixteen bits": 38.71, "activations": 0.63, "logits": 1.16, "unpacked": 3.05, "again": 4.0}
 
 # Of acceleration/attention.py: queries of a block, and tokens of a document whose probabilities are kept.
 _BLOCK = 128
@@ -115,18 +115,16 @@ def beyond_tensors(facts: ModelFacts, held: Held, step: Step, parts: Mapping[str
     """What `ALLOCATOR` counts in, in bytes.
 
     Kernels of 16-bit types have a workspace of their own; between activations and logits of different sizes holes are
-    left that no later tensor fits into; the weights of a quantized layer are unpacked to float32; and a layer that is
-    computed again does so beside its gradients.
+    left that no later tensor fits into; the weights of a quantized layer are unpacked, which shows in float32; and what
+    a layer keeps that is computed again lies between gradients that come and go.
     """
-    layers = layers_of(facts)
-    layer = max((sum(m.shape[0] * m.shape[1] for m in each.values()) for each in layers), default=0)
-    widest = max((max(m.shape) for m in facts.linear()), default=0)
+    layer = max((sum(m.shape[0] * m.shape[1] for m in each.values()) for each in layers_of(facts)), default=0)
     return {
         "sixteen bits": 1e6 if BYTES[step.dtype] == 2 else 0.0,
         "activations": parts["activations"],
         "logits": parts["logits"],
-        "unpacked": 4.0 * layer if held.quantized else 0.0,
-        "again": step.tokens * widest * BYTES[step.dtype] if step.checkpointed else 0.0,
+        "unpacked": 4.0 * layer if held.quantized and step.dtype == "float32" else 0.0,
+        "again": max(_layers_bytes(facts, held, step)[: step.checkpointed], default=0),
     }
 
 
@@ -134,8 +132,7 @@ def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
     """What autograd keeps of one forward pass."""
     size, tokens = BYTES[step.dtype], step.tokens
     layers = layers_of(facts)
-    targets = frozenset(held.targets)
-    own = [_layer_bytes(facts, layer, targets, step, first=number == 0) for number, layer in enumerate(layers)]
+    own = _layers_bytes(facts, held, step)
     total = max(own, default=0) if step.offloaded else sum(own[step.checkpointed :])
     if step.checkpointed and not step.offloaded:
         # every one's input, and of all that are computed again one at a time
@@ -146,7 +143,7 @@ def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
     total += _factors(facts, held, step)
     total += tokens * (facts.hidden_size * size + 4)  # the last norm
     rotated = {layers[0][name].name for name in ("q_proj", "k_proj") if name in layers[0]} if layers else set()
-    if len(layers) > 1 or rotated & targets:
+    if len(layers) > 1 or rotated.intersection(held.targets):
         width = _head_width(facts, layers[0])
         total += 2 * tokens * width * size  # of the rotary embedding, once for all layers
     # the head: a gradient a learnt token, its id, and where its state stands
@@ -187,6 +184,13 @@ def layers_of(facts: ModelFacts) -> list[dict[str, ModuleFact]]:
         number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
         found.setdefault(".".join(parts[: number + 1]), {})[parts[-1]] = module
     return list(found.values())
+
+
+def _layers_bytes(facts: ModelFacts, held: Held, step: Step) -> list[int]:
+    """What autograd keeps of each layer that is not computed again."""
+    targets = frozenset(held.targets)
+    layers = enumerate(layers_of(facts))
+    return [_layer_bytes(facts, layer, targets, step, first=number == 0) for number, layer in layers]
 
 
 def _layer_bytes(
