@@ -37,7 +37,10 @@ def with_recomputing(
 
 def fewest(layers: int, fits: Callable[[int], bool]) -> int:
     """How many layers must compute again so that the run fits; all of them where it never does."""
-    return min(layers, bisect_left(range(layers + 1), True, key=fits))
+    if fits(0):
+        return 0
+    # the first costs memory of its own, beyond which each saves some
+    return min(layers, 1 + bisect_left(range(1, layers + 1), True, key=fits))
 
 
 def _with(config: FinetuneConfig, count: int | None) -> FinetuneConfig:
