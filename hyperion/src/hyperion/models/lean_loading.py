@@ -7,6 +7,7 @@ and the whole of the weights' files, which stay mapped as long as one tensor tha
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGE = 1 << 17  # bytes: from here on a tensor gets pages of its own, which go back when it goes
 _USUAL = 32 << 20  # what glibc itself comes to once such tensors have been freed
+_ASKED = "MALLOC_MMAP_THRESHOLD_"  # mallopt(3): what the user wants in its place
 
 
 @contextmanager
@@ -35,8 +37,10 @@ def returning_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_THRESHOLD, _USUAL)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
+        asked = os.environ.get(_ASKED, "")
+        usual = int(asked) if asked.isdecimal() else _USUAL
+        libc.mallopt(_MMAP_THRESHOLD, usual)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * usual)
         libc.malloc_trim(0)
 
 
