@@ -50,6 +50,8 @@ MORE = {"50M": (("4 bits", "float32"), ("8 bits", "bfloat16")), "30M": (("8 bits
 HELD_OUT = ("30M", "200M")
 # Of each run: what malloc hands back, and when, differs by some percent from one process to the next.
 REPEATS = 3
+# Of the runs that constants are fitted to, how far below the measured peak a prediction may lie: the aim less a bit.
+MOST_BELOW = 0.095
 
 
 def grid() -> list[dict[str, Any]]:
@@ -154,22 +156,31 @@ def predicted(run: dict[str, Any]) -> dict[str, int]:
 
 
 def fitted(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`memory_model.ALLOCATOR`: of the runs that are not held out, least squares of the relative error of the peak once
-    the base is loaded, nothing below 0."""
+    """`memory_model.ALLOCATOR`: of the runs that are not held out and whose peak is not that of loading, the least
+    absolute error of the peak, nothing below 0, under the condition that none of them is predicted more than
+    `MOST_BELOW` too low: a forecast that is too low costs the whole run, one that is too high a little room."""
     import numpy
-    from scipy.optimize import nnls
+    from scipy.optimize import linprog
 
-    columns, missing = [], []
+    shares, missing = [], []
     for row in rows:
-        if not held_out(row["run"]):
-            facts, held, step = planned(row["run"])
+        facts, held, step = planned(row["run"])
+        peak = row["bytes"]["peak"]
+        if not held_out(row["run"]) and held.weights + held.loading < (1 - MOST_BELOW) * peak:
             parts = peak_memory(facts, replace(held, loading=0), step)
-            found, peak = beyond_tensors(facts, held, step, parts), row["bytes"]["peak"]
-            tensors = sum(size for part, size in parts.items() if part != "allocator")
-            columns.append([found[name] / peak for name in ALLOCATOR])
-            missing.append((row["bytes"]["training"] - tensors) / peak)
-    shares = nnls(numpy.array(columns), numpy.array(missing))[0]
-    return {name: round(float(share), 2) for name, share in zip(ALLOCATOR, shares, strict=True)}
+            found = beyond_tensors(facts, held, step, parts)
+            shares.append([found[name] / peak for name in ALLOCATOR])
+            missing.append(1 - sum(size for part, size in parts.items() if part != "allocator") / peak)
+    share, miss = numpy.array(shares), numpy.array(missing)
+    # over the constants and each run's absolute error, which lies above both of its signs
+    runs, terms = share.shape
+    error, none = numpy.eye(runs), numpy.zeros((runs, runs))
+    result = linprog(
+        numpy.r_[numpy.zeros(terms), numpy.ones(runs)],
+        numpy.block([[share, -error], [-share, -error], [-share, none]]),
+        numpy.r_[miss, -miss, MOST_BELOW - miss],
+    )
+    return {name: round(float(value), 2) for name, value in zip(ALLOCATOR, result.x, strict=False)}
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -202,7 +213,8 @@ def page(found: dict[str, Any]) -> str:
         f"Mean absolute error {_mean(errors):.1%}, from {min(errors):+.1%} to {max(errors):+.1%}; of the {len(unseen)} "
         f"runs of {' and '.join(HELD_OUT)} {_mean(unseen):.1%}, from {min(unseen):+.1%} to {max(unseen):+.1%}. The aim "
         "is 5%, and no prediction more than 10% too low. What the allocator adds was fitted to the runs of the other "
-        "sizes alone.", "", *_too_low(rows),
+        f"sizes alone, on the condition that none of them is more than {MOST_BELOW:.1%} too low; that condition was "
+        "set after the errors of all runs had been seen.", "", *_missed(rows),
         "| base | held | type | tokens (rows) | checkpoints | rank | measured, MB | predicted, MB | error | held out |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -216,23 +228,24 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _too_low(rows: list[dict[str, Any]]) -> list[str]:
-    """What missed the aim, and why."""
+def _missed(rows: list[dict[str, Any]]) -> list[str]:
+    """What missed the aim, and what no forecast from a config can know."""
     missed = [row for row in rows if row["error"] < -0.1]
-    if not missed:
-        return []
-    named = []
-    for row in missed:
-        run, peaks = row["run"], ", ".join(f"{peak / 1e6:.0f}" for peak in sorted(_peaks(row)))
-        named.append(f"{run['size']}, {run['method']}, {run['dtype']}, {run['tokens']} tokens: {peaks} MB")
+    lines = []
+    if missed:
+        named = []
+        for row in missed:
+            run, peaks = row["run"], ", ".join(f"{peak / 1e6:.0f}" for peak in sorted(_peaks(row)))
+            named.append(f"{run['size']}, {run['method']}, {run['dtype']}, {run['tokens']} tokens: {peaks} MB")
+        lines = [f"More than 10% too low: {len(missed)} ({'; '.join(named)}).", ""]
     return [
-        f"More than 10% too low: {len(missed)} ({'; '.join(named)}). In the 8-bit float32 run of 30M with "
-        "checkpoints, tensors alive at one time come to 120 MB (torch.profiler), and 280 to 370 MB are resident: "
-        "glibc's `posix_memalign`, from which torch has its memory on a CPU, asks for some bytes more than the "
-        "hole that a tensor of the same size left, so where a small block lies behind the hole, it stays empty. "
-        "How many such holes there are differs from process to process. With `MALLOC_MMAP_THRESHOLD_=1048576` "
-        "that run came to 182 MB, and training SmolLM2-135M took 10 to 16% longer for 10% less memory. An "
-        "allocator like jemalloc remains to be tried.", "",
+        *lines,
+        "Most of what is missed is in the allocator. In the 8-bit float32 run of 30M with checkpoints, tensors alive "
+        "at one time come to 120 MB (torch.profiler), and 280 to 370 MB are resident: glibc's `posix_memalign`, from "
+        "which torch has its memory on a CPU, asks for some bytes more than the hole that a tensor of the same size "
+        "left, so where a small block lies behind the hole, it stays empty. How many such holes there are differs "
+        "from process to process. With `MALLOC_MMAP_THRESHOLD_=1048576` that run came to 182 MB, and training "
+        "SmolLM2-135M took 10 to 16% longer for 10% less memory. An allocator like jemalloc remains to be tried.", "",
     ]  # fmt: skip
 
 
@@ -247,15 +260,24 @@ def _mean(errors: list[float]) -> float:
 def plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 6))
+    figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
-    for method in HELD:
-        some = [row for row in rows if row["run"]["method"] == method]
-        axes.scatter([row["bytes"]["peak"] / 1e6 for row in some],
-                     [sum(row["predicted"].values()) / 1e6 for row in some], label=method)  # fmt: skip
-    ends = [min(row["bytes"]["peak"] for row in rows) / 1e6, max(row["bytes"]["peak"] for row in rows) / 1e6]
+    for method, color in zip(HELD, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+        for unseen in (False, True):
+            some = [row for row in rows if row["run"]["method"] == method and row["held out"] == unseen]
+            axes.scatter([row["bytes"]["peak"] / 1e6 for row in some],
+                         [sum(row["predicted"].values()) / 1e6 for row in some], edgecolors=color,
+                         facecolors="none" if unseen else color, label=method + ", held out" * unseen)  # fmt: skip
+    peaks = [row["bytes"]["peak"] / 1e6 for row in rows]
+    ends = [min(peaks), max(peaks)]
     axes.plot(ends, ends, color="grey")
+    axes.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="grey", alpha=0.15,
+                      label="within 10%")  # fmt: skip
+    ticks = [100, 200, 500, 1000, 2000]
     axes.set(xscale="log", yscale="log", xlabel="measured peak, MB", ylabel="predicted peak, MB")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, map(str, ticks))
+        axis.set_ticks([], minor=True)
     axes.legend()
     figure.savefig(RAW.with_suffix(".png"))
 
