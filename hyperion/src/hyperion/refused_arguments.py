@@ -17,7 +17,9 @@ from hyperion_core.suggest import did_you_mean
 _ELSEWHERE = "it is said elsewhere"
 _REPLACED = "the engine does this its own way, so the field would do nothing"
 _LATER = "this version runs one process on one device"
+_OBJECTIVES = "what is learnt from the labels is the objective's business"
 _INEXACT = "it would break exact resume"
+_COMPILED = "the layers are fused already: compiling them took longer than it saved where it was measured"
 
 _DISTRIBUTED = (
     "ddp_find_unused_parameters",
@@ -55,18 +57,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     "output_dir": (_ELSEWHERE, "put output_dir at the top of the config, or use --output_dir"),
     "resume_from_checkpoint": (_ELSEWHERE, "use --resume, or Trainer.train(resume=True)"),
     "hub_token": ("a config is copied into the plan and published", "log in with `hf auth login`, or set HF_TOKEN"),
-    "label_smoothing_factor": (
-        "the loss is computed from the log-probabilities of the labels alone",
-        "leave it out; it cannot be had in this version",
-    ),
+    "label_smoothing_factor": (_OBJECTIVES, "write objective: {type: sft, label_smoothing: 0.1}"),
     "greater_is_better": ("the best model is judged by the loss, and a loss is better when lower", "leave it out"),
     "logging_nan_inf_filter": ("a loss that is not finite stops the run and says where", "leave it out"),
     "disable_tqdm": (_REPLACED, "leave it out: progress becomes plain lines when stderr is no terminal"),
     "use_liger_kernel": ("it patches transformers for the whole process", "leave it out"),
     "liger_kernel_config": ("it patches transformers for the whole process", "leave it out"),
-    "torch_compile": ("the chunked loss was not shown to be exact under it", "leave it out"),
-    "torch_compile_backend": ("the chunked loss was not shown to be exact under it", "leave it out"),
-    "torch_compile_mode": ("the chunked loss was not shown to be exact under it", "leave it out"),
+    "torch_compile": (_COMPILED, "leave it out"),
+    "torch_compile_backend": (_COMPILED, "leave it out"),
+    "torch_compile_mode": (_COMPILED, "leave it out"),
     "ignore_data_skip": (_INEXACT, "leave it out"),
     "dataloader_in_order": (_INEXACT, "leave it out"),
     "save_only_model": (_INEXACT, "leave it out; use save_total_limit to save disk"),

@@ -89,6 +89,16 @@ def test_packed_gradients_are_the_padded_ones(tiny, name, seed, alike):
     assert model.config._attn_implementation == "eager"
 
 
+def test_gradients_accumulate_in_place(tiny):
+    model, rows = model_of("Llama"), list(tiny.rows(4))
+    places = []
+    with attending_within_documents(model), fused(model):
+        for part in (rows[:2], rows[2:]):
+            supervised_logprobs(model, packed(part)).logps.sum().backward()
+            places.append({name: p.grad.data_ptr() for name, p in model.named_parameters() if p.grad is not None})
+    assert places[0] == places[1] and len(places[0]) > 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shared", [0, 20])
 def test_no_bit_and_no_gradient_crosses_from_one_document_to_another(tiny, dtype, shared):
