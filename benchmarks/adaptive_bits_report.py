@@ -19,7 +19,8 @@ def write_report(results: Path) -> None:
     lines = [
         "# Bits by sensitivity against the same bits everywhere", "",
         f"`{content['command']}`, {content['date']}, {content['machine']}; {versions}.", "",
-        "SmolLM2-135M-Instruct, symmetric groups of 64 (its weights lie on a 4-bit grid of groups of 32, which such "
+        "SmolLM2-135M-Instruct, symmetric groups of 64, their scales from their largest weights (`mse: 0` of "
+        "gptq; the base's own weights lie on a 4-bit grid of groups of 32, which such "
         "groups do not profit from). Real instructions as chats, disjoint rows: "
         f"{settings['rows']} of at most {settings['max_length']} tokens to calibrate on, {settings['held_out']} held "
         "out. At half a bit \"uniform\" gives every other layer one bit more. MB are 10^6 bytes of the linear modules' "

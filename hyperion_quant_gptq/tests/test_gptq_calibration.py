@@ -77,7 +77,7 @@ def correlated_inputs() -> Tensor:
 def test_the_more_damping_the_nearer_it_is_to_rounding_to_the_nearest() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(6))
     nearest, inputs = rounded(weight, None), correlated_inputs()
-    changed = [(rounded(weight, inputs, damp_percent=damp) != nearest).sum().item() for damp in (0.01, 0.1, 0.9)]
+    changed = [(rounded(weight, inputs, damp_percent=damp, mse=0) != nearest).sum().item() for damp in (0.01, 0.1, 0.9)]
     assert changed[0] > changed[1] > changed[2] > 0
 
 
@@ -86,9 +86,18 @@ def test_the_column_with_the_largest_inputs_is_rounded_first() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     inputs = correlated_inputs()
     inputs[:, 50] *= 10
-    found, nearest = rounded(weight, inputs), rounded(weight, None)
+    found, nearest = rounded(weight, inputs, mse=0), rounded(weight, None)
     assert torch.equal(found[:, 50], nearest[:, 50])
     assert not any(torch.equal(found[:, other], nearest[:, other]) for other in (0, 32, 49, 51, 63))
+
+
+def test_a_scale_is_searched_for_the_least_error() -> None:
+    """Below that of the largest weight, which lies far off."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(8))
+    weight[:, ::32] *= 2
+    inputs = torch.eye(64)  # no input tells of another: what is left is the scale
+    errors = [(rounded(weight, inputs, mse=mse) - weight).square().sum().item() for mse in (0, 2, 2.4)]
+    assert errors[1] < 0.95 * errors[0] and errors[2] < 0.97 * errors[0], errors
 
 
 def test_a_layer_without_a_negative_weight_keeps_its_upper_half(tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def _task(module: nn.Module, layout: Layout, config: GptqConfig, classes: tuple[
             desc_act=config.desc_act,
             act_group_aware=not config.desc_act,
             damp_percent=config.damp_percent,
+            mse=config.mse,
             fallback=None,
             offload_to_disk=False,
         ),

@@ -28,9 +28,15 @@ class GptqConfig(QuantizationConfig):
         0.05, description="Share of the Hessian's mean diagonal that is added to it, so that it can be inverted."
     )
 
+    mse: Annotated[float, Field(ge=0)] = Field(
+        2.4,
+        description="The scale of a group is the one with the least sum of |error| to this power, of some below that of"
+        " its largest weight. 0 takes that of its largest weight.",
+    )
+
     embedding_bits: Literal[4, 8] | None = Field(
         None,
-        description="Round the embedding and the output head too, to the nearest. Hyperion alone loads such a"
+        description="Round the embedding and the output head too. Hyperion alone loads such a"
         " checkpoint. None leaves them as they are.",
     )
 

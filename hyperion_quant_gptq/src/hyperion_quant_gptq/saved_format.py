@@ -52,6 +52,8 @@ def read(saved: Mapping[str, Any], model: ModelFacts) -> Saved:
         options = {"sym": saved.get("sym", True), "desc_act": saved.get("desc_act", False)}
         if isinstance(saved.get("damp_percent"), float) and 0 < saved["damp_percent"] < 1:
             options["damp_percent"] = saved["damp_percent"]
+        mse = (saved.get("meta") or {}).get("mse")  # gptqmodel writes none where it searched no scale
+        options["mse"] = float(mse) if isinstance(mse, (int, float)) and mse >= 0 else 0.0
         if saved.get("embedding_bits") is not None:
             options["embedding_bits"] = saved["embedding_bits"]
         GptqConfig.model_validate(options)
@@ -114,7 +116,7 @@ def written(
         "format": named,
         "checkpoint_format": named,
         # Readers take zero points of sym: false in version 1 from those alone whose arithmetic they know.
-        "meta": {"quantizer": [f"gptqmodel:{_version()}"]},
+        "meta": {"quantizer": [f"gptqmodel:{_version()}"], "mse": config.mse},
     }
     dynamic: dict[str, dict[str, int]] = {
         f"+:^{re.escape(name)}$": {"bits": pair[0], "group_size": pair[1]}
