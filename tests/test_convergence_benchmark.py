@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from convergence import go_on
 from convergence_report import write_report
-from convergence_runs import Task
+from convergence_runs import ROWS_A_STEP, Task
 from convergence_search import Results, RunFailed, Search, crossing, seconds_at
 
 TASKS = {
@@ -34,8 +34,9 @@ class Machine:
         if len(self.made) >= self.killed_after:
             raise KeyboardInterrupt
         self.made.append(Results.key(setting))
-        if setting["kind"] == "plain":
-            return {"seconds": [10.0, 30.0], "tokens": [400, 1200]}
+        if setting["kind"] != "hyperion":
+            a_token = 0.025 if setting["kind"] == "plain" else 0.01
+            return {"seconds": [400 * a_token, 1200 * a_token], "tokens": [400, 1200]}
         fits = 2e-3 if len(setting["adapter"]["target_modules"]) == 2 else 1e-3
         rate = setting["training"]["learning_rate"]
         fall = 2.0 / (1 + abs(math.log(rate / fits)))
@@ -80,7 +81,9 @@ def test_the_fastest_wins_and_is_measured_against_the_tuned_baseline(tmp_path: P
     assert seconds_at([(1, 2.0), (96, 192.0)], best) == pytest.approx(winner[0].seconds["words"])
     page = (tmp_path / "found.md").read_text(encoding="utf-8")
     assert '"init_lora_weights": "pissa"' in page and '"learning_rate": 0.001' in page
-    assert "| words | 0 | 96 |" in page and "1920 |" in page  # 96 steps of 8 × 100 tokens, at 0.025 s a token
+    plain, ours = (steps * ROWS_A_STEP * 100 * a_token for steps, a_token in ((96, 0.025), (best, 0.01)))
+    assert "| words | 0 | 96 |" in page and f"| {plain:.0f} |" in page and f"| {ours:.0f} |" in page
+    assert f"| {ours / plain:.2f} |" in page, "of plain float32"
     assert (tmp_path / "found.png").stat().st_size > 10_000
 
 
