@@ -54,7 +54,8 @@ def real_tasks(folder: Path) -> dict[str, Task]:
 
     tokenizer = load_tokenizer(materialize(resolve_source(BASE), cache_dir(), print))
     chats = [_chat(row) for row in _instructions(folder)]
-    short = [chat for chat in chats if _length(tokenizer, chat) <= MAX_LENGTH]  # nothing is cut off
+    once = {" ".join(chat["messages"][0]["content"].lower().split()): chat for chat in chats}  # none is held out too
+    short = [chat for chat in once.values() if _length(tokenizer, chat) <= MAX_LENGTH]  # nothing is cut off
     random.Random(0).shuffle(short)
     quickstart = ROOT / "examples/quickstart"
     forms = [_lines(quickstart / name) for name in ("train.jsonl", "test.jsonl")]
