@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -265,11 +266,11 @@ def run_into(asked: dict[str, Any], out: Path, log: Path) -> None:
 
 def _end_with_the_parent() -> None:
     """A benchmark that is killed leaves nobody behind who would slow the next one."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

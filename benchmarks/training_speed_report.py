@@ -14,17 +14,20 @@ NAMES = {
     "trl:checkpointing": "TRL, packing, checkpointing (its default)",
     "hyperion:": "Hyperion",
 }
+_COMPILED = "hyperion:+compiled layers"
 #: (peer, least ratio of tokens/s, most of peak memory); None where nothing is asked.
 TARGETS: dict[str, tuple[tuple[str, float, float | None], ...]] = {
     "ragged": (("plain:float32", 3.5, 0.25), ("plain:bfloat16", 2.5, 0.35), ("trl:", 1.8, 0.7)),
     "full": (("plain:float32", 1.2, None), ("plain:bfloat16", 1.2, None), ("trl:", 1.2, None)),
 }
+_SAME_TYPE = (2.5, 0.35)  # of plain float32 where Hyperion has float32 too, as of plain bfloat16 above
 
 
 class Measured:
     """Figures of one set of rows by arm and round."""
 
     def __init__(self, whole: Mapping[str, Any], data: str) -> None:
+        self.dtype = _dtype(whole)
         self.rounds: dict[str, dict[int, dict[str, Any]]] = {}
         for key, found in whole["measured"].items():
             name, arm, number = key.split("/")
@@ -41,7 +44,7 @@ class Measured:
 
     def shares_of_limit(self, arm: str) -> list[float]:
         """Of the tokens a second that matrix products alone would allow, in the rounds that measured these."""
-        limits, mine = self.rounds.get("limit:bfloat16", {}), self.rounds.get(arm, {})
+        limits, mine = self.rounds.get(f"limit:{self.dtype}", {}), self.rounds.get(arm, {})
         return [
             value(mine[number], "tokens/s") * limits[number]["flops_a_token"] / (limits[number]["gflops"] * 1e9)
             for number in mine
@@ -64,7 +67,8 @@ def middle(values: list[float], form: str = ".2f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
 
 
-def page(whole: Mapping[str, Any]) -> str:
+def page(whole: Mapping[str, Any], plot: str) -> str:
+    """Markdown; `plot`: the picture's file beside it."""
     settings = whole["settings"]
     lines = [
         "# Speed and memory of training", "",
@@ -73,14 +77,25 @@ def page(whole: Mapping[str, Any]) -> str:
         f"SmolLM2-135M-Instruct, LoRA of rank {settings['r']} on {' and '.join(settings['target_modules'])}, "
         f"{settings['rows_a_step']} rows a step, at most {settings['max_length']} tokens a row, one epoch. Every "
         "figure is the median over the rounds, with the least and the greatest; ratios are taken within a round. "
-        "Tokens are the rows' own, padding not counted; memory is the peak of the whole process.", "",
-        "![Tokens a second and peak memory](training-speed.png)", "",
+        "Tokens are the rows' own, padding not counted; memory is the peak of the whole process."
+        + _commits(whole), "",
+        f"![Tokens a second and peak memory]({plot})", "",
     ]  # fmt: skip
     for data, title in (("ragged", "Instructions of very different lengths"), ("full", "Rows of equal length")):
         measured = Measured(whole, data)
         if measured.rounds:
             lines += [f"## {title}", "", *_table(measured), *_targets(measured, data), *_ablations(measured)]
     return "\n".join(lines)
+
+
+def _dtype(whole: Mapping[str, Any]) -> str:
+    """That this processor computes in where nothing else is said."""
+    return str(whole.get("dtype", "bfloat16"))
+
+
+def _commits(whole: Mapping[str, Any]) -> str:
+    found = sorted({of["commit"] for of in whole["measured"].values() if "commit" in of})
+    return f" Code: {', '.join(found)}." if found else ""
 
 
 def _table(measured: Measured) -> list[str]:
@@ -98,13 +113,13 @@ def _table(measured: Measured) -> list[str]:
         if found := measured.values(f"limit:{dtype}", "gflops"):
             lines.append(f"| products of matrices alone, {dtype}: {middle(found, '.0f')} GFLOP/s |" + " |" * 5)
     if apart := _losses_apart(measured):
-        lines += ["", f"Hyperion computes in bfloat16. In no step is its loss more than {apart:.4f} from that of "
-                  "transformers + PEFT in float32, on the same rows; TRL's steps have other rows."]  # fmt: skip
+        lines += ["", f"Hyperion computes in {measured.dtype}. In no step is its loss more than {apart:.4f} from that "
+                  "of transformers + PEFT in float32, on the same rows; TRL's steps have other rows."]  # fmt: skip
     return [*lines, ""]
 
 
 def _losses_apart(measured: Measured) -> float | None:
-    """Of the arms that have the same rows in every step: Hyperion, which computes in bfloat16, and float32."""
+    """Of the arms that have the same rows in every step: Hyperion, in its own type, and float32."""
     both = [list(measured.rounds.get(arm, {}).values()) for arm in ("hyperion:", "plain:float32")]
     if not all(both):
         return None
@@ -114,6 +129,8 @@ def _losses_apart(measured: Measured) -> float | None:
 def _targets(measured: Measured, data: str) -> list[str]:
     lines = ["| Hyperion against | tokens/s | wanted | peak memory | wanted |", "| --- |" + " --- |" * 4]
     for peer, speed, memory in TARGETS[data]:
+        if data == "ragged" and peer == f"plain:{measured.dtype}":
+            speed, memory = _SAME_TYPE
         faster = measured.ratios("hyperion:", peer, "tokens/s")
         smaller = measured.ratios("hyperion:", peer, "peak_bytes")
         if faster:
@@ -124,7 +141,7 @@ def _targets(measured: Measured, data: str) -> list[str]:
             )
     if shares := measured.shares_of_limit("hyperion:"):
         half = f", {reached(statistics.median(shares) >= 0.5)}" if data == "ragged" else ""
-        lines += ["", f"Of what products of matrices alone would allow in bfloat16: {middle(shares)}"
+        lines += ["", f"Of what products of matrices alone would allow in {measured.dtype}: {middle(shares)}"
                   + (f" (wanted: half{half})." if half else ".")]  # fmt: skip
     waiting = [found["data_seconds"] / found["seconds"] for found in measured.rounds.get("hyperion:", {}).values()]
     if waiting:
@@ -138,23 +155,27 @@ def reached(true: bool) -> str:
 
 def _ablations(measured: Measured) -> list[str]:
     variants = [arm for arm in measured.rounds if arm.startswith("hyperion:") and arm != "hyperion:"]
-    if not variants:
-        return []
-    lines = ["What each part gives: Hyperion with it, against Hyperion without it.", "",
-             "| | tokens/s | peak memory |", "| --- | --- | --- |"]  # fmt: skip
-    for arm in variants:
-        if "+" not in arm:
-            faster = measured.ratios("hyperion:", arm, "tokens/s")
-            smaller = measured.ratios("hyperion:", arm, "peak_bytes")
-            lines.append(f"| {arm.partition(':')[2]} | {middle(faster)} | {middle(smaller)} |")
-    return [*lines, "", *_compiled(measured)]
+    without = [arm for arm in variants if "+" not in arm]
+    besides = [arm for arm in variants if "+" in arm and arm != _COMPILED]
+    lines = []
+    for title, arms in (("What each part gives: Hyperion with it, against Hyperion without it.", without),
+                        ("What is off by default, and trades speed for memory: Hyperion with it, against Hyperion as it"
+                         " is.", besides)):  # fmt: skip
+        if arms:
+            lines += [title, "", "| | tokens/s | peak memory |", "| --- | --- | --- |"]
+            for arm in arms:
+                pair = ("hyperion:", arm) if arm in without else (arm, "hyperion:")
+                faster, smaller = (measured.ratios(*pair, figure) for figure in ("tokens/s", "peak_bytes"))
+                lines.append(f"| {arm.partition(':')[2].strip('+')} | {middle(faster)} | {middle(smaller)} |")
+            lines.append("")
+    return [*lines, *_compiled(measured)]
 
 
 def _compiled(measured: Measured) -> list[str]:
     """What `torch.compile` would add; of rounds that know how long their first steps took."""
     both = [
         (mine, measured.rounds["hyperion:"][number])
-        for number, mine in measured.rounds.get("hyperion:+compiled layers", {}).items()
+        for number, mine in measured.rounds.get(_COMPILED, {}).items()
         if "first step" in measured.rounds.get("hyperion:", {}).get(number, {})
     ]
     if not both:
