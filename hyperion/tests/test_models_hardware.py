@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hyperion_core.errors import ModelError
@@ -82,3 +83,34 @@ def test_the_real_device_is_one_that_torch_can_use() -> None:
     import torch
 
     assert torch.ones(2, device=hardware.actual_device()).sum().item() == 2
+
+
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUPS = {
+    "none": ("", {}, 1000),
+    "no limit": ("0::/a", {"a": (V2, "max", 700, 0)}, 1000),
+    "a container's": ("0::/", {"": (V2, 600, 500, 30)}, 130),
+    "a larger one than is free": ("0::/", {"": (V2, 9000, 100, 0)}, 1000),
+    "one around its own": ("0::/a/b", {"a": (V2, 600, 550, 0), "a/b": (V2, 600, 300, 0)}, 50),
+    "used up": ("0::/", {"": (V2, 600, 610, 0)}, 0),
+    "version 1": ("3:cpuset:/\n4:memory:/a\n0::/", {"memory/a": (V1, 600, 500, 40)}, 140),
+    "version 1, unlimited": ("4:memory:/a", {"memory/a": (V1, 9223372036854771712, 500, 0)}, 1000),
+    "version 1, its path is the host's": ("4:cpu,memory:/docker/0f", {"memory": (V1, 600, 500, 0)}, 100),
+}
+
+
+@pytest.mark.parametrize("own, groups, free", CGROUPS.values(), ids=CGROUPS)
+def test_free_memory_is_that_of_the_container(own, groups, free, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(hardware, "_OWN_CGROUPS", tmp_path / "own")
+    if own:
+        (tmp_path / "own").write_text(f"{own}\n")
+    for folder, ((limit, used, cache), *figures) in groups.items():
+        place = tmp_path / "cgroup" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        (place / limit).write_text(f"{figures[0]}\n")
+        (place / used).write_text(f"{figures[1]}\n")
+        (place / "memory.stat").write_text(f"anon 5\n{cache} {figures[2]}\nactive_file 3\n")
+    assert hardware.free_memory("cpu") == free

@@ -117,6 +117,33 @@ def test_gradients_go_through_the_head(tmp_path: Path) -> None:
     torch.testing.assert_close(x.grad, above @ head.weight)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_over_a_packed_head_is_that_of_its_weight(tied: bool, tmp_path: Path) -> None:
+    """Chunk by chunk, value and gradient; and nothing unpacks the head but its own products."""
+    from hyperion.engine.loss import supervised_logprobs
+
+    base = numbers.save_base(tmp_path / "base", tie_word_embeddings=tied)
+    model = numbers.loaded(numbers.quantized(base, tmp_path / "made", PLAN, embedding_bits=4), PLAN, embedding_bits=4)
+    head_weight = model.get_output_embeddings().weight
+    labels = IDS.masked_fill(IDS % 3 == 0, -100)
+    found = []
+    for mine in (True, False):
+        x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        if mine:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(PackedHead, "weight", property(lambda head: pytest.fail("it was unpacked")))
+                loss = -supervised_logprobs(model, {"inputs_embeds": x, "labels": labels}, chunk_size=7).logps.sum()
+                loss.backward()
+        else:
+            logits = model.model(inputs_embeds=x).last_hidden_state @ head_weight.T
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            loss.backward()
+        found.append((loss.detach(), x.grad))
+    for ours, plain in zip(*found, strict=True):
+        assert plain.norm() > 0
+        assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
 def test_an_embedding_that_does_more_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Gemma's scales its rows: packed, it would not. It is told before anything is rounded."""
 

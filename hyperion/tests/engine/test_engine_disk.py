@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import shutil
 import signal
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hyperion_core.errors import TrainingError
 
+from hyperion.acceleration import offloading
 from hyperion.engine.checkpointing import CheckpointedTrainer
 from hyperion.engine.checkpoints import latest_checkpoint
 
@@ -78,3 +81,32 @@ def test_a_folder_that_vanishes_ends_the_run(tiny, tmp_path, monkeypatch):
         run.fit()
     assert "is gone" in caught.value.why
     assert not run.folder.exists(), "the run went on as if nothing had happened"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="nothing reserves room on a disk here")
+def test_a_disk_without_room_for_activations_ends_the_run(tiny, tmp_path, monkeypatch):
+    """Their files are mapped: bytes that are not reserved beforehand are missed with a signal that kills."""
+    monkeypatch.setattr(offloading, "_LEAST", 256)
+    run = tiny.Run(tmp_path / "run", save_steps=4, eval_strategy="no")
+    run.folder.mkdir()
+    reserve, save = os.posix_fallocate, CheckpointedTrainer._maybe_log_save_evaluate
+    sizes, full = [], []
+
+    def fill(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        full.extend([True] * (self.state.global_step == 5))
+
+    def reserved(file, start, size):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, start, size)
+        sizes.append((os.fstat(file).st_blocks * 512, size))
+
+    monkeypatch.setattr(CheckpointedTrainer, "_maybe_log_save_evaluate", fill)
+    monkeypatch.setattr(os, "posix_fallocate", reserved)
+    with pytest.raises(TrainingError, match="activations cannot be written") as caught:
+        run.fit(offload_activations="disk")
+    assert caught.value.why == os.strerror(errno.ENOSPC)
+    assert "--resume: checkpoint-4 is complete" in caught.value.fix
+    assert sizes and all(held >= size >= 256 for held, size in sizes)
+    assert not list(run.folder.glob(".activations*"))

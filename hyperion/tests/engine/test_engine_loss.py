@@ -16,6 +16,13 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+STATE = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16}
+EXPERTS = {
+    "vocab_size": 56, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1,
+    "moe_intermediate_size": 16, "head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+}  # fmt: skip
 # Each with the factor or cap that its architecture puts on the logits, strong enough to be seen.
 ARCHITECTURES = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
@@ -23,6 +30,10 @@ ARCHITECTURES = {
     "gemma2": lambda: transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.5),
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.25),
     "granite": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=4.0, tie_word_embeddings=False),
+    "hyperclovax": lambda: transformers.HyperCLOVAXConfig(**SIZES, logits_scaling=0.25),
+    "minicpm3": lambda: transformers.MiniCPM3Config(**{**SIZES, **LATENT}, dim_model_base=8),
+    "falcon_h1": lambda: transformers.FalconH1Config(**SIZES, **STATE, lm_head_multiplier=0.25),
+    "inkling": lambda: transformers.InklingTextConfig(**{**SIZES, **EXPERTS}, unpadded_vocab_size=50),
 }
 
 

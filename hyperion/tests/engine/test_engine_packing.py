@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
@@ -30,8 +31,9 @@ ARCHITECTURES = {
     "Llama": {},
     "Qwen2": {},
     "Qwen3": {},
-    "Mistral": {"sliding_window": 4},
-    "Phi3": {},
+    "Mistral": {"sliding_window": 5},  # and rows of up to 14 tokens
+    "Gemma3Text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3": {"sliding_window": 5},
     "Gemma": {},
     "Granite": {},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -67,6 +69,10 @@ def with_a_beginning(rows):
     ]
 
 
+def dynamic_positions(reach):
+    return {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": reach}
+
+
 def of_rows(rows):
     return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows])
 
@@ -78,7 +84,7 @@ def test_packed_gradients_are_the_padded_ones(tiny, name, seed, alike):
     model, rows = model_of(name), list(tiny.rows(9, seed=seed))
     rows = with_a_beginning(rows) if alike else rows
     assert packed(rows)["documents"].shared == (20 if alike else 0)
-    assert why_not_packed(model, rows) == ""
+    assert why_not_packed(model, rows, max(len(row["input_ids"]) for row in rows)) == ""
     loss, expected = gradients(model, [Collator(0)(rows)])
     with attending_within_documents(model), fused(model):
         mine_loss, mine = gradients(model, [packed(rows[:4]), packed(rows[4:])])
@@ -152,23 +158,72 @@ def test_a_model_that_cannot_be_packed_is_found_out(tiny, make, said):
 @pytest.mark.parametrize(
     "made, reach",
     [
-        ({"name": "Mistral", "sliding_window": 30}, 30),
-        (
-            {
-                "name": "Llama",
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4,
-                                    "original_max_position_embeddings": 40},
-            },
-            40,
-        ),
+        ({"name": "Phimoe", "num_local_experts": 2, "sliding_window": 70}, 70),
+        ({"name": "Llama", "attention_chunk_size": 50}, 50),
+        ({"name": "Llama", "rope_parameters": dynamic_positions(40)}, 40),
     ],
-    ids=["window", "dynamic positions"],
-)  # fmt: skip
+    ids=["a window in the mask alone", "chunks", "dynamic positions"],
+)
 def test_rows_beyond_what_a_few_tokens_show_are_padded(tiny, made, reach):
-    """The probe is short: what changes only in longer rows is read from the config."""
+    """The probe is short: what changes only in longer rows is read from the config, or tried with a narrow window."""
     model, rows = model_of(**made), list(tiny.rows(2, shortest=9))
     assert why_not_packed(model, rows, reach) == ""
     assert str(reach) in why_not_packed(model, rows, reach + 1)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma3Text", "Phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_far_longer_than_the_probe_is_found_to_work_in_a_pack(tiny, name, dtype):
+    model, rows = model_of(name, dtype, sliding_window=2048), list(tiny.rows(2))
+    assert why_not_packed(model, rows, 5000) == ""
+    kept = [vars(module)["sliding_window"] for module in model.modules() if vars(module).get("sliding_window")]
+    assert {model.config.sliding_window, *kept} == {2048}
+
+
+def test_a_window_that_comes_from_elsewhere_is_not_trusted(tiny):
+    """Where a narrow window in the config changes nothing, the pack that equals the row alone has shown nothing."""
+    model = model_of("Mistral", sliding_window=None)
+    model.config.sliding_window = 2048
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.copy(model.config)
+        layer.self_attn.config.sliding_window = None
+    model.model.config = model.model.layers[0].self_attn.config
+    assert "window of 2048" in why_not_packed(model, list(tiny.rows(2)), 2049)
+
+
+@pytest.mark.parametrize("longest", [20, 30])
+def test_evaluation_rows_are_looked_at_too(tiny, tmp_path, longest):
+    """Training rows within reach of the model's positions say nothing of longer ones in the evaluation."""
+    evaluation = tiny.rows(4, seed=5, shortest=longest, longest=longest)
+    found = {}
+    for packing in (True, False):
+        (tmp_path / str(packing)).mkdir()
+        run = tiny.Run(tmp_path / str(packing), evaluation=evaluation, save_strategy="no", max_steps=1)
+        torch.manual_seed(1)
+        model = run.adapter.adapter_apply(
+            model=tiny.llama(rope_parameters=dynamic_positions(20)), name="default", config=run.config, ctx=run.ctx
+        )
+        run.arguments["eval_strategy"] = "epoch"
+        if packing and longest > 20:
+            with pytest.raises(TrainingError, match=r"(?s)cannot be packed.*30 tokens, and beyond 20"):
+                run.fit(model=model, packing=True)
+        else:
+            found[packing] = run.fit(model=model, packing=packing).metrics["eval_loss"]
+    assert len(found) == 1 or found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_memory_that_runs_out_in_the_trial_is_no_reason_to_pad(tiny, tmp_path):
+    """Padding would want more of it."""
+    run = tiny.Run(tmp_path, save_strategy="no", max_steps=1)
+    model = run.model()
+
+    def want_too_much(module, arguments):
+        if model.config._attn_implementation == NAME and not module.training:
+            torch.empty(1 << 52)
+
+    model.model.layers[1].mlp.register_forward_pre_hook(want_too_much)
+    with pytest.raises(TrainingError, match="cpu ran out of memory"):
+        run.fit(model=model)
 
 
 def test_what_drops_at_random_is_known():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from rich.console import Console
 
+from hyperion.engine import figures
+from hyperion.engine.batches import Batching
 from hyperion.monitoring.metrics import MetricsFile
 from hyperion.monitoring.progress import RichProgress
 from hyperion.monitoring.samples import prompts_of
@@ -72,3 +75,20 @@ def test_samples_are_the_models_greedy_answers(tiny, tmp_path):
                 break
         answer = " ".join(f"t{i}" for i in ids[len(line["prompt"].split()) :])
         assert line["generated"] == answer
+
+
+def test_data_seconds_are_those_in_which_steps_wait_for_their_rows(tiny, tmp_path, monkeypatch):
+    """By a clock that only batching moves: 5 s for each of four steps, and for each of an evaluation's two batches."""
+    clock, batched = [0.0], Batching.__call__
+
+    def slowly(self, batches):
+        clock[0] += 5
+        return batched(self, batches)
+
+    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Batching, "__call__", slowly)
+    evaluating = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    tiny.Run(tmp_path, max_steps=4, evaluation=tiny.rows(4), **evaluating).fit()
+    lines = [line for line in MetricsFile(tmp_path / "timing.jsonl").read() if "data_seconds" in line]
+    assert [(line["step"], line["data_seconds"], line["seconds"]) for line in lines] == [(2, 10, 10), (4, 20, 20)]
+    assert clock[0] == 40

@@ -8,6 +8,7 @@ small tensors stay where they are.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..disk import writing
 from .streaming import release
 
 Place = Literal["ram", "disk"]
@@ -36,17 +38,24 @@ def offloaded(model: Module, place: Place, folder: Path) -> Iterator[None]:
     """Inside, what the forward pass of `model` saves for the backward pass is in `place`.
 
     Args:
-        folder: on the disk that is to hold it; nothing is left there.
+        folder: the run's, on the disk that is to hold it; nothing is left there.
+
+    Raises:
+        TrainingError: the disk refused, here or in the forward pass.
     """
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    scratch = Path(tempfile.mkdtemp(prefix=".activations-", dir=folder)) if place == "disk" else folder
+    scratch = folder
+    if place == "disk":
+        with writing("the activations", folder):
+            scratch = Path(tempfile.mkdtemp(prefix=".activations-", dir=folder))
     names = itertools.count()
 
     def pack(tensor: Tensor) -> Tensor | _Away:
         if type(tensor) is not Tensor or tensor.nbytes < _LEAST or tensor.untyped_storage().data_ptr() in held:
             return tensor
         if place == "disk":
-            return _Away(_in_file(tensor, scratch / str(next(names))), tensor.device)
+            with writing("the activations", folder):
+                return _Away(_in_file(tensor, scratch / str(next(names))), tensor.device)
         away = _empty(tensor, pin_memory=tensor.is_cuda)
         return _Away(away.copy_(tensor), tensor.device)
 
@@ -67,12 +76,25 @@ def _empty(like: Tensor, *, pin_memory: bool) -> Tensor:
 
 def _in_file(tensor: Tensor, file: Path) -> Tensor:
     """A copy that is mapped from a file, whose pages leave memory at once; the file goes with the copy."""
+    _reserve(file, tensor.nbytes)
     storage = torch.UntypedStorage.from_file(str(file), True, tensor.nbytes)
     file.unlink()
     copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, _strides(tensor))
     copy.copy_(tensor)
     release(copy)
     return copy
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file that has its bytes on the disk: where they are missing when a mapping is written to, the system ends
+    the process.
+
+    Raises:
+        OSError: the disk has no room for them.
+    """
+    with file.open("wb") as opened:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(opened.fileno(), 0, size)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

@@ -14,11 +14,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..data.collate import Collator
 from ..data.encoding import IGNORED
 from ..engine.loss import supervised_logprobs
+from ..engine.out_of_memory import ran_out
 from ..engine.random_state import untouched_generators
 from . import attention
 from .documents import common_beginning, packed
 
 _PROBED_TOKENS = 24
+# Sliding windows of which a probe shows how they work, and which one that it does not reach.
+_NARROW, _WIDE = 4, 10 * _PROBED_TOKENS
+# Of what a narrow window changes, how much a pack may be off: bfloat16 rounds by less, a window of one token more or
+# less makes more of a difference.
+_WINDOW_SHARE = 0.2
 
 _Row = dict[str, list[int]]
 
@@ -52,13 +58,15 @@ def drops(model: Module) -> bool:
 def why_not_packed(model: Module, rows: Sequence[Mapping[str, Any]], longest: int = 0) -> str:
     """Why `model` cannot be given packs, found out on a few tokens of two rows; "" where it can.
 
-    Rows of up to `longest` tokens are no longer than what its config says of windows and scaled positions, which so
-    few tokens would not show: some architectures put a window into a mask that packs have none of, and some choose
-    their positions' scale by the longest row of a pass.
+    Rows of up to `longest` tokens are no longer than what its config says of chunks and scaled positions, which so few
+    tokens would not show: some architectures choose their positions' scale by the longest row of a pass.
 
     Looked at are, with and without a beginning in common: that a document's log-probabilities do not change by a bit
     with the tokens of another, and get no gradient from them; and that they are those of the document alone, to
-    rounding.
+    rounding. Where rows are longer than a sliding window, they have to be so with a narrow window, too.
+
+    Raises:
+        RuntimeError: the memory ran out; padded, it would do so all the more.
     """
     was_training = model.training
     if limit := _limit(model, longest):
@@ -68,9 +76,16 @@ def why_not_packed(model: Module, rows: Sequence[Mapping[str, Any]], longest: in
         for alike in (False, True):
             if why := _why_not(model, *_two_documents(rows, alike)):
                 return why
-    except torch.OutOfMemoryError:
-        raise
+        if window := _window_below(model, longest):
+            first, second, _ = _two_documents(rows, True)
+            if not _windows_are_handed_on(model, first, second):
+                return (
+                    f"the longest row has {longest} tokens, and its attention a window of {window} (sliding_window), "
+                    "to which it does not keep in a pack"
+                )
     except Exception as error:  # whatever a model's own code runs into: padded, it may train all the same
+        if ran_out(error):
+            raise
         return str(error) or type(error).__name__
     finally:
         model.train(was_training)
@@ -81,7 +96,7 @@ def _why_not(model: Module, first: _Row, second: _Row, shared: int) -> str:
     own = first["input_ids"][shared:]
     other = {**first, "input_ids": first["input_ids"][:shared] + own[::-1]}
     with untouched_generators(), torch.no_grad():
-        alone = supervised_logprobs(model, _placed(Collator(0)([second]), model)).logps
+        alone = _alone(model, second)
         with attending_within_documents(model):
             beside, beside_other = (_of_second(model, [before, second]) for before in (first, other))
     with untouched_generators(), attending_within_documents(model), torch.enable_grad():
@@ -96,12 +111,56 @@ def _why_not(model: Module, first: _Row, second: _Row, shared: int) -> str:
     return ""
 
 
+def _windows_are_handed_on(model: Module, first: _Row, second: _Row) -> bool:
+    """Whether the layers tell attention of their sliding windows, as they must: some architectures have them in their
+    mask alone, and a pack has none.
+
+    A window that is as long as a probe is short would not show. So it is made narrow, and the document alone, with the
+    model's own mask, says what that changes: the pack has to have this change, not only few differences. Where a
+    narrow window changes nothing, it is not known how the model comes by its own.
+    """
+    with untouched_generators(), torch.no_grad():
+        with _windows(model, _WIDE):
+            before = _alone(model, second)
+        with _windows(model, _NARROW):
+            alone = _alone(model, second)
+            with attending_within_documents(model):
+                beside = _of_second(model, [first, second])
+    return float((beside - alone).abs().mean()) < _WINDOW_SHARE * float((before - alone).abs().mean())
+
+
+@contextmanager
+def _windows(model: Module, tokens: int) -> Iterator[None]:
+    """Inside, every sliding window is of so many tokens: in the configs, from which masks are made, and in the layers
+    that keep a copy."""
+    holders: list[tuple[Any, Any]] = [(config, _window(config)) for config in _configs(model)]
+    holders += [(module, vars(module).get("sliding_window")) for module in model.modules()]
+    before = [(holder, window) for holder, window in holders if isinstance(window, int) and window]
+    for holder, _ in before:
+        holder.sliding_window = tokens
+    try:
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
+
+
+def _window_below(model: Module, longest: int) -> int:
+    """A sliding window that is shorter than the longest row; 0 where there is none."""
+    windows = [_window(config) for config in _configs(model)]
+    return min((window for window in windows if 0 < window < longest), default=0)
+
+
+def _window(config: Any) -> int:
+    window = getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else 0
+
+
 def _limit(model: Module, longest: int) -> str:
     for config in _configs(model):
-        for name in ("sliding_window", "attention_chunk_size"):
-            window = getattr(config, name, None)
-            if isinstance(window, int) and 0 < window < longest and getattr(config, "use_sliding_window", True):
-                return f"the longest row has {longest} tokens, and its attention a window of {window} ({name})"
+        chunk = getattr(config, "attention_chunk_size", None)
+        if isinstance(chunk, int) and 0 < chunk < longest:
+            return f"the longest row has {longest} tokens, and its attention chunks of {chunk} (attention_chunk_size)"
         rope = getattr(config, "rope_parameters", None) or {}
         reach = getattr(config, "original_max_position_embeddings", None) or rope.get(
             "original_max_position_embeddings"
@@ -124,6 +183,10 @@ def _two_documents(rows: Sequence[Mapping[str, Any]], alike: bool) -> tuple[_Row
         {"input_ids": beginning + own, "labels": [IGNORED] * (len(beginning) + 1) + own[1:]} for own in ends
     )
     return first, second, common_beginning([first, second])
+
+
+def _alone(model: Module, row: _Row) -> Tensor:
+    return supervised_logprobs(model, _placed(Collator(0)([row]), model)).logps
 
 
 def _of_second(model: Module, rows: list[Any]) -> Tensor:

@@ -119,8 +119,8 @@ class Engine(CheckpointedTrainer):
     def _attention(self) -> AbstractContextManager[None]:
         return nullcontext() if self.batching.capacity is None else attending_within_documents(self.model)
 
-    def settle_packing(self, *, required: bool) -> None:
-        """Give up packing where this model cannot be given packs.
+    def settle_packing(self, longest: int, *, required: bool) -> None:
+        """Give up packing where this model cannot be given packs, with rows of up to `longest` tokens.
 
         Raises:
             TrainingError: it cannot, and packing is `required`.
@@ -129,7 +129,7 @@ class Engine(CheckpointedTrainer):
             return
         with self.accelerator.autocast():
             rows = [self.train_dataset[number] for number in range(min(2, len(self.train_dataset)))]
-            why = why_not_packed(self.model, rows, max(self.train_dataset["length"]))
+            why = why_not_packed(self.model, rows, longest)
         if not why:
             return
         if required:

@@ -171,7 +171,7 @@ def fit(
             ],
         )  # fmt: skip
         engine.check_head()
-        engine.settle_packing(required=speed.packing is True)
+        engine.settle_packing(longest, required=speed.packing is True)
         batching = engine.batching
         hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
         with away:

@@ -113,15 +113,18 @@ def postprocessing(model: Module) -> Postprocessing:
 
     A scale (`logit_scale` of Cohere, `lm_head_multiplier` of Falcon-H1, `output_multiplier`, `logits_scaling` of
     Granite, which divides, and of HyperCLOVA X, which multiplies), a soft cap (`final_logit_softcapping` of Gemma 2)
-    and the cut of a padded vocabulary (`unpadded_vocab_size`). `check_head` tells when a model does anything else.
+    and the cut of a padded vocabulary (`unpadded_vocab_size` of Inkling). What goes into the head is scaled already:
+    `logits_scaling` of MiniCPM3 is no business of this. `check_head` tells when a model does anything else.
     """
     whole: Any = model.config
     config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= _number(config, name, 1.0)
-    divisor = _number(config, "logits_scaling", 1.0)
-    scale = scale * divisor if str(config.model_type).startswith("hyperclovax") else scale / divisor
+    kind = str(config.model_type)
+    if kind != "minicpm3":
+        factor = _number(config, "logits_scaling", 1.0)
+        scale = scale * factor if kind.startswith("hyperclovax") else scale / factor
     cap = _number(config, "final_logit_softcapping", 0.0)
     return Postprocessing(scale, cap, int(_number(config, "unpadded_vocab_size", 0)))
 
@@ -145,6 +148,8 @@ def check_head(model: Module, inputs: Mapping[str, Any]) -> None:
             own = logits.float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
     finally:
         model.train(was_training)
+    if not torch.isfinite(own).all():  # weights that are no numbers: the first step says so
+        return
     precision = min(torch.finfo(dtype).bits for dtype in (logits.dtype, *_float_types(model)))
     epsilon = torch.finfo(torch.bfloat16 if precision <= 16 else torch.float32).eps
     allowed = max(1e-4, epsilon * float(logits.abs().max()))
@@ -185,9 +190,9 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Any]:
     """Of each state (N, H): the log-probability of its token and the logarithm of the sum of exp(logits), (N,) float32,
     and what gives the mean of its logits."""
-    weight: Any = getattr(head, "weight", None)
-    bias: Any = getattr(head, "bias", None)
     plain = type(head) is Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    weight: Any = head.weight if plain else None  # a packed head would unpack all of its own
+    bias: Any = head.bias if plain else None
     # float16 has a gradient's scale chosen after this: unscaled, much of it would be lost to rounding
     written_out = weight.dtype == states.dtype != torch.float16 if plain else False
     if written_out and not finish.cap and not any(p.requires_grad for p in head.parameters()):

@@ -15,13 +15,20 @@ from .batches import Batching
 _SAID = ("can't allocate memory", "not enough memory", "out of memory")
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that a device has no memory left."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _SAID)
+
+
 @contextmanager
 def out_of_memory_explained(args: TrainingArguments, longest: int, batching: Callable[[], Batching]) -> Iterator[None]:
     """Inside, an allocation that the device refuses is a TrainingError. `longest`: tokens of the longest row."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _SAID):
+        if not ran_out(error):
             raise
         capacity = batching().capacity
         if capacity is None:

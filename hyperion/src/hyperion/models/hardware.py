@@ -1,4 +1,4 @@
-"""Which device and number format a run will use: guessed without torch to plan, asked of torch to run."""
+"""Which device, number format and memory a run will use: guessed without torch to plan, asked of torch to run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _DEV = Path("/dev")
 _NVIDIA_PROC = Path("/proc/driver/nvidia/gpus")
 _CPUINFO = Path("/proc/cpuinfo")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 # Instructions that multiply bfloat16 matrices; without them bfloat16 on a CPU is slower than float32.
 _CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
@@ -118,14 +120,48 @@ def _cpu_has_bf16() -> bool:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that a run could take; None where it cannot be told."""
+    """Bytes that a run could take; None where it cannot be told. On a CPU those of the machine, or of the cgroup
+    (a container's, a job's, a service's) that this process is in, whichever are fewer."""
     if device == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info()
-        return int(free)
+        # what torch keeps of an earlier run, and gives to the next
+        return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if device == "cpu":
         import psutil
 
-        return int(psutil.virtual_memory().available)
+        return min([int(psutil.virtual_memory().available), *_free_in_cgroups()])
     return None
+
+
+def _free_in_cgroups() -> list[int]:
+    """Bytes that are left below each limit on this process: its cgroup's, and those of the cgroups around it."""
+    try:
+        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:
+            root, files = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):  # version 1
+            root, files = _CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        # a container sees its own cgroup as the root, whatever the path of it is outside
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root) and (left := _left_in(folder, *files)) is not None:
+                found.append(left)
+    return found
+
+
+def _left_in(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    """What of it is file cache that nobody has used of late is given back as soon as somebody asks for memory."""
+    try:
+        most, taken = ((folder / name).read_text(encoding="utf-8").strip() for name in (limit, used))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return None if most == "max" else max(0, int(most) - int(taken) + int(stat.get(cache, 0)))
+    except (OSError, ValueError):  # a folder that is not there, or holds no limit, as the root of version 2
+        return None
