@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hyperion_core.errors import ConfigError
-from hyperion_core.facts import ModelFacts
+from hyperion_core.facts import ModelFacts, ModuleFact
 from hyperion_core.testing.tiny import save_tiny_base
 
 from hyperion import FinetuneConfig
@@ -95,6 +95,29 @@ def test_modules_that_the_base_does_not_have_are_left_to_peft(base: Path, monkey
 def test_a_rank_and_a_rule_keep_the_scaling(base: Path) -> None:
     assert planned(base, {"type": "lora", "r": 16, "use_rslora": True}).config.adapter.lora_alpha == 8
     assert planned(base, {"type": "lora", "use_rslora": True}).config.adapter.lora_alpha == 4
+
+
+@pytest.mark.parametrize(
+    "said, start",
+    [
+        ({}, "pissa_niter_16"),
+        ({"target_modules": ["k_proj", "up_proj"]}, "pissa"),  # long, and no larger on their shorter side
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+    ],
+)
+def test_large_weights_are_decomposed_approximately(
+    said: dict[str, Any], start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recommended, "OPTIONS", {**TABLE, "init_lora_weights": "pissa", "init_rows": None})
+    shapes = {"q_proj": (2049, 2049), "k_proj": (512, 9000), "up_proj": (9000, 2048)}
+    modules = tuple(ModuleFact(f"model.layers.0.{name}", "linear", shape) for name, shape in shapes.items())
+    model = ModelFacts("x", "llama", (ModuleFact("model.embed_tokens", "embedding", (5000, 5000)), *modules))
+    config = LoraConfig(**said)
+    found = LoraAdapter().adapter_recommend(config, model, None)
+    filled = LoraConfig.parse({**config.given(), **found.options})
+    assert filled.init_lora_weights == start
+    assert not LoraAdapter().adapter_check(filled, model, None)
 
 
 def test_the_table_itself_is_in_order(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hyperion_core.facts import ModelFacts
+from hyperion_core.facts import ModelFacts, ModuleFact
 
 from .config import LoraConfig
 
@@ -24,6 +24,10 @@ TRAINING: Mapping[str, Any] = {"learning_rate": 5e-4, "warmup_ratio": 0.05}
 BASIS = "from the literature"
 
 _START = ("init_lora_weights", "init_rows")
+#: The longest shorter side of a weight that is decomposed exactly: the time grows with its square, and with the longer.
+_EXACT = 2048
+#: Randomized (Halko et al. 2011, arXiv:0909.4061), under PEFT's name for it: its time grows with the rank instead.
+_APPROXIMATE = "pissa_niter_16"
 
 
 def options_for(config: LoraConfig, model: ModelFacts, *, start: bool = True, rank: bool = True) -> dict[str, Any]:
@@ -47,6 +51,17 @@ def options_for(config: LoraConfig, model: ModelFacts, *, start: bool = True, ra
     elif "lora_alpha" in options:
         options["lora_alpha"] = _same_scaling({**options, **config.given()})
     return options
+
+
+def in_time(options: Mapping[str, Any], modules: Iterable[ModuleFact]) -> Mapping[str, Any]:
+    """The options, with a start that does not keep the first step waiting where one of the wrapped `modules` is large.
+
+    PiSSA (arXiv:2404.02948) decomposes every weight.
+    """
+    shorter = max((min(module.shape) for module in modules if module.kind == "linear"), default=0)
+    if options.get("init_lora_weights") != "pissa" or shorter <= _EXACT:
+        return options
+    return {**options, "init_lora_weights": _APPROXIMATE}
 
 
 def _same_scaling(options: Mapping[str, Any]) -> float:
