@@ -26,7 +26,7 @@ IDS = torch.randint(0, 200, (3, 10), generator=torch.Generator().manual_seed(1))
 PATTERNS = {"rank_pattern": {"q_proj": 2, "model.embed_tokens": 5}, "alpha_pattern": {r"layers\.0\..*v_proj": 32}}
 FORMS: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa", "target_modules": "all-linear"},
-    "pissa, approximate": {"init_lora_weights": "pissa_niter_8", "r": 4, "lora_alpha": 5},
+    "pissa, approximate": {"init_lora_weights": "pissa_niter_16", "r": 4, "lora_alpha": 5},
     "olora, rslora, patterns": {
         "init_lora_weights": "olora",
         "use_rslora": True,

@@ -28,7 +28,7 @@ def same_space(rows: Tensor, others: Tensor) -> None:
     torch.testing.assert_close(first @ first.T, second @ second.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("passes", [None, 4])
+@pytest.mark.parametrize("passes", [None, 4, 16])
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_pissa_is_the_best_approximation_of_its_rank(shape: tuple[int, int], passes: int | None) -> None:
     weight = matrix(*shape)

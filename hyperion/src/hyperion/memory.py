@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hyperion_core.facts import Cost, ModelFacts
+from hyperion_core.facts import Cost, ModelFacts, Workload
 
-from .optimization.memory_model import BYTES, Held, Step, layers_of, peak_memory
+from .optimization.memory_model import BYTES, Held, Step, layer_names, layer_of, layers_of, peak_memory
 
 if TYPE_CHECKING:
+    from .config import FinetuneConfig
     from .training_config import TrainingConfig
 
 _USUAL_PACK = 1024  # tokens, on a CPU: see engine/fit.py
 _KEPT_DOCUMENT = 512  # of rows up to so many tokens attention keeps most
+
+
+def pads(training: TrainingConfig) -> bool:
+    """Whether rows are certain to be padded. Whether the model can be given packs at all shows when it is loaded."""
+    return training.packing is False or bool(training.neftune_noise_alpha)  # its noise depends on a row's length
 
 
 def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype: str, device: str) -> Step:
@@ -27,14 +34,44 @@ def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype
     if checkpointed is None:
         checkpointed = facts.layers if training.checkpoints_activations() else 0
     away = training.offload_activations is not None
-    if training.packing is False:
+    if pads(training):
         return Step(batch * length, length, dtype, None, checkpointed, fused=False, device=device, offloaded=away)
     usual = _USUAL_PACK if device == "cpu" else length * batch
     capacity = max(length, training.pack_length or usual)
     tokens = min(capacity, length * batch * training.gradient_accumulation_steps)
     document = min(length, _KEPT_DOCUMENT)
     fused = training.fused_layers
-    return Step(tokens, document, dtype, None, checkpointed, fused=fused, device=device, offloaded=away)
+    return Step(tokens, document, dtype, None, checkpointed, fused=fused, device=device, offloaded=away, longest=length)
+
+
+def with_new_rows(config: FinetuneConfig, facts: ModelFacts, targets: Sequence[str]) -> tuple[str, ...]:
+    """All that learns: the adapter's `targets`, and the embeddings where the run adds rows to them."""
+    embeddings = (module.name for module in facts.modules if module.kind == "embedding" and config.new_tokens)
+    return (*targets, *embeddings)
+
+
+def adapter_cost(
+    estimate: Callable[[Workload], Cost], config: FinetuneConfig, facts: ModelFacts, step: Step, targets: Sequence[str]
+) -> Cost:
+    """What the adapter takes at such a step, and the embedding rows that the run adds, of which no adapter can know
+    while planning.
+
+    Args:
+        estimate: what the adapter's plugin reckons for a workload.
+        targets: full names of the modules that learn.
+    """
+    padded = pads(config.training)
+    rows = config.training.per_device_train_batch_size if padded else 1  # a pack is one row to the model
+    work = Workload(rows, step.tokens // rows, not padded, step.dtype)
+    cost = estimate(work)
+    if step.checkpointed or step.offloaded:
+        one = estimate(replace(work, checkpointing=True))
+        again = frozenset(layer_names(facts)[: None if step.offloaded else step.checkpointed])
+        share = sum(layer_of(name) in again for name in targets) / max(1, len(targets))
+        freed = cost.memory.get("activations", 0) - one.memory.get("activations", 0)
+        cost = cost + Cost({"activations": -int(share * freed)})
+    added = len(config.new_tokens) * facts.hidden_size * (1 if facts.tied_embeddings else 2)
+    return cost + Cost({"adapter": 4 * added})
 
 
 def forecast(
@@ -50,7 +87,7 @@ def forecast(
     """Peak bytes by part, above what the process holds before the weights load.
 
     Args:
-        adapter, quantizer: what the plugins reckon; without a quantizer the base is held in the step's type.
+        adapter, quantizer: what the plugins reckon for such a step; without a quantizer the base is held in its type.
         optim: the optimizer, by transformers' name; None is AdamW.
         targets: full names of the modules that have an adapter.
         streams: the base stays in its files, of which two layers are resident at a time.
@@ -68,4 +105,5 @@ def held_before(
         layers = [sum(m.parameters for m in layer.values()) for layer in layers_of(facts)]
         weights = (facts.parameters - sum(layers) + 2 * max(layers, default=0)) * BYTES[step.dtype]
     loading = quantizer.memory.get("loading", 0) if quantizer else 0
-    return Held(weights, adapter.memory.get("adapter", 0) // 4, tuple(targets), quantizer is not None, loading)
+    trained, frozen, kept = (adapter.memory.get(part, 0) for part in ("adapter", "weights", "activations"))
+    return Held(weights, trained // 4, tuple(targets), quantizer is not None, loading, frozen, kept)

@@ -10,7 +10,7 @@ from hyperion_core.errors import CompatibilityError
 from hyperion_core.facts import Capabilities, ModelFacts, ModuleFact, Workload
 
 from hyperion_peft import PeftAdapter, Selection, Targets, compact, peft_mapping
-from hyperion_peft.cost import BYTES
+from hyperion_peft.cost import BYTES, fp32_copy
 
 from .config import IA3Config
 from .structure import attention_modules, feedforward_modules
@@ -77,8 +77,10 @@ class IA3Adapter(PeftAdapter):
         return module.shape[1] if module.name in targets.feedforward else module.shape[0]
 
     def kept_of(self, config: IA3Config, module: ModuleFact, targets: Targets, work: Workload) -> float:
-        # What the factors are multiplied with is kept, in fp32, for their gradient.
-        return BYTES * self.parameters_of(config, module, targets)
+        # What the factors are multiplied with is kept, in fp32, for their gradient: the output, or the input.
+        assert isinstance(targets, IA3Targets)
+        out, into = module.shape
+        return fp32_copy([into], work) if module.name in targets.feedforward else BYTES * out
 
     def merge_options(self, layer: Any, name: str, module: str) -> dict[str, Any]:
         feedforward = [module] if getattr(layer, "is_feedforward", False) else []

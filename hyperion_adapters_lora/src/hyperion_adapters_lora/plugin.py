@@ -23,7 +23,7 @@ from hyperion_core.facts import (
 from hyperion_core.quiet import ON_IMPORT, errors_only
 
 from hyperion_peft import ALL_LINEAR, PeftAdapter, Selection, Targets, peft_mapping
-from hyperion_peft.cost import BYTES, fp32_copy
+from hyperion_peft.cost import BYTES, fp32_copy, width
 
 from . import recommended
 from .config import REFUSED, LoraConfig
@@ -116,25 +116,45 @@ class LoraAdapter(PeftAdapter):
         return sum(m.shape[0] for m in model.modules if m.bias and m.name not in saved)
 
     def kept_of(self, config: LoraConfig, module: ModuleFact, targets: Targets, work: Workload) -> float:
-        into = 0 if module.kind == "embedding" else module.shape[1]
-        kept = BYTES * self._rank(config, module) * (1 + self._has_offset(config, module)) + fp32_copy([into], work)
+        """All but what `_between` counts."""
+        out, into = (module.shape[1], 0) if module.kind == "embedding" else module.shape
+        if not self._by_peft(config, module):
+            return float(into) if config.lora_dropout else 0.0  # a mask of one byte a number, see fast_linear
+        kept: float = fp32_copy([into], work)
         if config.lora_dropout:
-            kept += (BYTES + 1) * into  # the dropped-out input, and its mask
+            kept += 2 * BYTES * into  # the mask, which is float32, and the input that it leaves
+        if config.use_dora:
+            kept += (BYTES + width(work)) * out  # the outputs of the base and of the update, which it scales
+            if config.lora_dropout and work.dtype != "float32":  # the base computes again, on what dropout leaves
+                kept += BYTES * out * into / (work.batch * work.length)
         return kept
 
-    def further_bytes(self, config: LoraConfig, targets: Targets) -> int:
-        # An offset's frozen copies, and the stacks of twice their size that autograd keeps.
-        offset = 3 * BYTES * self._in_offset(config, targets)
+    def further_cost(self, config: LoraConfig, targets: Targets, work: Workload) -> Cost:
         # DoRA builds the whole updated weight of one module at a time, to take its norm.
         whole = max((m.shape[0] * m.shape[1] for m in targets.modules), default=0) if config.use_dora else 0
-        return offset + BYTES * whole
+        cost = Cost({"activations": self._between(config, targets, work) + BYTES * whole})
+        frozen = self._in_offset(config, targets)
+        return cost + Cost({"weights": BYTES * frozen}, disk=BYTES * frozen, flops=6.0 * frozen) if frozen else cost
 
-    def adapter_estimate(self, config: Any, model: ModelFacts, work: Workload) -> Cost:
-        cost = super().adapter_estimate(config, model, work)
-        if not (config.has_offset and model.known):
-            return cost
-        more = self._in_offset(config, self.resolve(config, model))
-        return cost + Cost(disk=BYTES * more, flops=6.0 * more)
+    def _between(self, config: LoraConfig, targets: Targets, work: Workload) -> int:
+        """Bytes of the numbers between A and B, of A and B in the activations' type, or stacked with an offset, and of
+        three vectors around DoRA's magnitude. They are few, and counted whole where layers compute again, too."""
+        found, tokens = 0, work.batch * work.length
+        for module in targets.modules:
+            offset = self._has_offset(config, module)
+            rank = self._rank(config, module) * (1 + offset)
+            if self._by_peft(config, module):
+                found += BYTES * rank * (tokens + (sum(module.shape) if offset else 0))
+            else:
+                found += width(work) * rank * (tokens + sum(module.shape))
+            if config.use_dora:
+                found += 3 * BYTES * module.shape[module.kind == "embedding"]
+        return found
+
+    @staticmethod
+    def _by_peft(config: LoraConfig, module: ModuleFact) -> bool:
+        """Whether PEFT's own code computes it, in float32 and without copies of A and B: see fast_linear."""
+        return config.use_dora or config.lora_bias or module.kind == "embedding"
 
     def further_problems(self, config: LoraConfig, model: ModelFacts, quantizer: Provides | None) -> list[Problem]:
         if config.use_dora and quantizer is not None and "dequantize" not in quantizer.offers():
@@ -194,7 +214,8 @@ class LoraAdapter(PeftAdapter):
             wanted = LoraConfig.parse({**config.given(), **options})
             if not self.further_problems(wanted, model, quantizer):
                 break
-        return Recommendation(options, recommended.TRAINING, recommended.BASIS)
+        modules = self._wrapped(wanted, model) if model.known else ()
+        return Recommendation(recommended.in_time(options, modules), recommended.TRAINING, recommended.BASIS)
 
     # --- the start ---
 

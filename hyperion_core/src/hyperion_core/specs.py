@@ -82,7 +82,9 @@ class AdapterSpecs:
 
     @driver
     def adapter_estimate(self, config: AdapterConfig, model: ModelFacts, work: Workload) -> Cost:
-        """★ Torch-free. What it adds to one step: "adapter" (its weights) and "activations", in bytes."""
+        """★ Torch-free. What it adds to one step, in bytes: "adapter" (what of it trains), "weights" (what it holds
+        besides) and "activations": what autograd keeps for it, beside the inputs of its targets, which are counted
+        without it; with `work.checkpointing` as if all layers computed theirs again, one at a time."""
 
     @driver
     def adapter_recommend(

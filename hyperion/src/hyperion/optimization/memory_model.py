@@ -1,17 +1,19 @@
 """Peak memory of a training run by part, from the architecture alone. Imports no torch.
 
 What autograd keeps for the backward pass is counted tensor by tensor, for Llama-like models whose rows are packed and
-whose layers are fused (`acceleration/`), under low-rank adapters: a test holds the count against autograd itself, byte
-for byte. Padding, other architectures and layers that are not fused keep more; they are reckoned as torch's own modules
-keep them, which is an upper bound and no exact count.
+whose layers are fused (`acceleration/`): a test holds the count against autograd itself, byte for byte. Of the adapter
+it counts what its modules make the base keep, the inputs of theirs among it; what is kept for the adapter itself its
+plugin says. Padding, other architectures and layers that are not fused keep more; they are reckoned as torch's own
+modules keep them, which is an upper bound and no exact count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from hyperion_core.facts import MiB, ModelFacts, ModuleFact
+from hyperion_core.facts import MiB, ModelFacts, ModuleFact, is_output_head
 
 from ..engine.chunk import logits_chunk
 
@@ -42,6 +44,7 @@ class Step:
     Args:
         tokens: of the pack, or of the padded batch, padding counted.
         document: tokens of each row in it; the last may be shorter.
+        longest: tokens of the longest row, where `document` is a shorter one of which more is kept; 0 is `document`.
         supervised: tokens that are learnt; None is all but the first of each row.
         checkpointed: layers, from the first, that compute their activations again.
         fused: rows are packed and layers are fused.
@@ -56,6 +59,7 @@ class Step:
     fused: bool = True
     device: str = "cpu"
     offloaded: bool = False
+    longest: int = 0
 
     def documents(self) -> list[int]:
         full, rest = divmod(self.tokens, max(1, self.document))
@@ -67,15 +71,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What is there before a step. `weights`: bytes of the base; `adapter`: trainable numbers; `targets`: the modules
-    that have an adapter, by full name; `quantized`: weights are unpacked when they are used; `loading`: bytes of the
-    files that are read beside the weights, where loading quantizes."""
+    """What is there before a step, and what the adapter adds to it. `weights`: bytes of the base; `adapter`: trainable
+    numbers; `targets`: the modules that have any, by full name; `quantized`: weights are unpacked when they are used;
+    `loading`: bytes of the files that are read beside the weights, where loading quantizes; `frozen`: bytes of the
+    adapter that do not train; `kept`: bytes that autograd keeps for the adapter beside the inputs of its modules."""
 
     weights: int
     adapter: int = 0
     targets: tuple[str, ...] = ()
     quantized: bool = False
     loading: int = 0
+    frozen: int = 0
+    kept: int = 0
 
 
 def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> dict[str, int]:
@@ -90,7 +97,7 @@ def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> d
     behind = backward_bytes(facts, held, step)
     parts = {
         "weights": held.weights,
-        "adapter": trained,
+        "adapter": trained + held.frozen,
         "gradients": trained,
         "optimizer": optimizer_bytes(trained, optim),
         "activations": kept_bytes(facts, held, step),
@@ -131,20 +138,21 @@ def beyond_tensors(facts: ModelFacts, held: Held, step: Step, parts: Mapping[str
 def kept_bytes(facts: ModelFacts, held: Held, step: Step) -> int:
     """What autograd keeps of one forward pass."""
     size, tokens = BYTES[step.dtype], step.tokens
-    layers = layers_of(facts)
+    layers, lowest = layers_of(facts), lowest_learning(facts, held.targets)
     own = _layers_bytes(facts, held, step)
     total = max(own, default=0) if step.offloaded else sum(own[step.checkpointed :])
     if step.checkpointed and not step.offloaded:
-        # every one's input, and of all that are computed again one at a time
-        total += min(step.checkpointed, len(own)) * tokens * facts.hidden_size * size
+        # every one's input from the lowest that learns, and of all that are computed again one at a time
+        total += max(0, min(step.checkpointed, len(own)) - max(0, lowest)) * tokens * facts.hidden_size * size
         again = max(own[: step.checkpointed], default=0)
         freed = sum(own[step.checkpointed :])
         total = max(total, total - freed + again)
-    total += _factors(facts, held, step)
+    total += held.kept
     total += tokens * (facts.hidden_size * size + 4)  # the last norm
-    rotated = {layers[0][name].name for name in ("q_proj", "k_proj") if name in layers[0]} if layers else set()
-    if len(layers) > 1 or rotated.intersection(held.targets):
-        width = _head_width(facts, layers[0])
+    first: Mapping[str, ModuleFact] = layers[max(0, lowest)] if layers else {}
+    rotated = {first[name].name for name in ("q_proj", "k_proj") if name in first}
+    if len(layers) > lowest + 1 or rotated.intersection(held.targets):
+        width = _head_width(facts, first)
         total += 2 * tokens * width * size  # of the rotary embedding, once for all layers
     # the head: a gradient a learnt token, its id, and where its state stands
     return total + step.learnt() * (facts.hidden_size * size + 16)
@@ -176,21 +184,45 @@ def optimizer_bytes(trained: int, name: str) -> int:
     return numbers if "8bit" in name else numbers // 2 if "4bit" in name else 4 * numbers
 
 
-def layers_of(facts: ModelFacts) -> list[dict[str, ModuleFact]]:
+# A search asks about one model a thousand times.
+@lru_cache(maxsize=4)
+def layers_of(facts: ModelFacts) -> tuple[Mapping[str, ModuleFact], ...]:
     """The linear modules of each layer, by the last part of their names."""
-    found: dict[str, dict[str, ModuleFact]] = {}
+    found: dict[str, dict[str, ModuleFact]] = {name: {} for name in layer_names(facts)}
     for module in facts.linear():
-        parts = module.name.split(".")
-        number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-        found.setdefault(".".join(parts[: number + 1]), {})[parts[-1]] = module
-    return list(found.values())
+        found[layer_of(module.name)][module.name.rpartition(".")[2]] = module
+    return tuple(found.values())
+
+
+@lru_cache(maxsize=4)
+def layer_names(facts: ModelFacts) -> tuple[str, ...]:
+    """The layers that have linear modules, from the first."""
+    return tuple(dict.fromkeys(layer_of(module.name) for module in facts.linear()))
+
+
+@lru_cache(maxsize=4096)
+def layer_of(module: str) -> str:
+    """Name of the layer that a module stands in: all up to the first number, or all of it where there is none."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
+
+
+def lowest_learning(facts: ModelFacts, targets: Iterable[str]) -> int:
+    """Number of the first layer that has anything to learn: no gradient flows below it, and nothing is kept there. -1
+    where the first layer's input learns too, as under an adapter of the embedding, or where nothing says what does."""
+    numbers = {name: number for number, name in enumerate(layer_names(facts))}
+    found = [numbers.get(layer_of(name), -1) for name in targets if not is_output_head(name)]
+    return min(found, default=-1)
 
 
 def _layers_bytes(facts: ModelFacts, held: Held, step: Step) -> list[int]:
     """What autograd keeps of each layer that is not computed again."""
-    targets = frozenset(held.targets)
-    layers = enumerate(layers_of(facts))
-    return [_layer_bytes(facts, layer, targets, step, first=number == 0) for number, layer in layers]
+    targets, lowest = frozenset(held.targets), lowest_learning(facts, held.targets)
+    return [
+        _layer_bytes(facts, layer, targets, step, first=number == lowest) if number >= lowest else 0
+        for number, layer in enumerate(layers_of(facts))
+    ]
 
 
 def _layer_bytes(
@@ -236,17 +268,6 @@ def _probabilities(facts: ModelFacts, layer: Mapping[str, ModuleFact], step: Ste
                 end = min(start + _BLOCK, length)
                 found += (end - start) * end
     return found * heads * BYTES[step.dtype]
-
-
-def _factors(facts: ModelFacts, held: Held, step: Step) -> int:
-    """Of low-rank adapters: both matrices in the activations' type, and the numbers between them."""
-    shapes = {module.name: module.shape for module in facts.linear()}
-    chosen = [shapes[name] for name in held.targets if name in shapes]
-    widths = sum(sum(shape) for shape in chosen)
-    if not widths:
-        return 0
-    rank = held.adapter / widths
-    return int(BYTES[step.dtype] * (held.adapter + step.tokens * rank * len(chosen)))
 
 
 def _head_width(facts: ModelFacts, layer: Mapping[str, ModuleFact]) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 from hyperion_core.facts import ModelFacts
 
-from .memory_model import Held, Step
+from .memory_model import Held, Step, layer_names, layer_of, lowest_learning
 
 #: Share of the matrix product's rate that a whole step reaches: about half on a CPU as measured; an estimate elsewhere.
 EFFICIENCY = 0.5
@@ -22,17 +23,21 @@ def step_operations(facts: ModelFacts, held: Held, step: Step, tokens: int) -> f
     """Floating point operations of an optimizer step of so many tokens, in passes of `step.tokens`.
 
     Forward and backward with respect to activations: 2 operations a weight and token each; the adapter's own
-    gradients come on top, and one more forward pass of the layers that are checkpointed.
+    gradients come on top, and one more forward pass of the layers that are checkpointed. Layers below the first that
+    has anything to learn have a forward pass alone.
     """
-    linear = sum(module.parameters for module in facts.linear())
-    again = step.checkpointed / facts.layers if facts.layers else 0.0
-    a_token = linear * (4.0 + 2.0 * again) + 6.0 * held.adapter
-    # scores and values of the tokens before each one, forward and twice that backward
-    a_token += 6.0 * facts.layers * facts.hidden_size * step.document
+    layers, lowest = layer_names(facts), max(0, lowest_learning(facts, held.targets))
+    learning, again = layers[lowest:], layers[lowest : step.checkpointed]
+    times = Counter((*layers, *learning, *again))
+    used = sum(times[layer_of(module.name)] * module.parameters for module in facts.linear())
+    a_token = 2.0 * used + 6.0 * held.adapter
+    # scores and values of the tokens before each one, half a row of them in the mean; twice that backward
+    attended = facts.hidden_size * (step.longest or step.document)
+    a_token += 2.0 * attended * (times.total() + len(learning))
     learnt = step.learnt() / step.tokens if step.tokens else 0.0
     a_token += 4.0 * facts.hidden_size * facts.vocab_size * learnt
     passes = -(-tokens // max(1, step.tokens))
-    unpacked = _UNPACKING * linear * (2.0 + again) if held.quantized else 0.0
+    unpacked = _UNPACKING * used if held.quantized else 0.0
     return tokens * a_token + passes * unpacked
 
 

@@ -65,15 +65,15 @@ class PeftAdapter(ABC, Adapter):
 
     @abstractmethod
     def kept_of(self, config: Any, module: ModuleFact, targets: Targets, work: Workload) -> float:
-        """Bytes a token that autograd keeps for one wrapped module."""
+        """Bytes a token that autograd keeps for one wrapped module, beside its input, which the framework counts."""
 
     def further_parameters(self, config: Any, model: ModelFacts, targets: Targets) -> int:
         """Trainable parameters outside the wrapped modules, whole modules aside."""
         return 0
 
-    def further_bytes(self, config: Any, targets: Targets) -> int:
-        """Working memory that does not depend on the tokens."""
-        return 0
+    def further_cost(self, config: Any, targets: Targets, work: Workload) -> Cost:
+        """What the method takes beside its trainable parameters and what `kept_of` says."""
+        return Cost()
 
     def further_problems(self, config: Any, model: ModelFacts, quantizer: Provides | None) -> list[Problem]:
         """What else stands against a config; the base may be unknown."""
@@ -113,16 +113,17 @@ class PeftAdapter(ABC, Adapter):
         return [module.name for module in (*targets.modules, *targets.saved)]
 
     def adapter_estimate(self, config: AdapterConfig, model: ModelFacts, work: Workload) -> Cost:
-        from .cost import adapter_cost
+        from .cost import adapter_cost, fp32_copy
 
         if not model.known:
             return Cost()
         targets = self.resolve(config, model)
         own = sum(self.parameters_of(config, module, targets) for module in targets.modules)
         whole = sum(module.parameters for module in targets.saved)
-        kept = sum(self.kept_of(config, module, targets, work) for module in targets.modules)
+        kept = {module.name: self.kept_of(config, module, targets, work) for module in targets.modules}
+        kept |= {module.name: fp32_copy(module.shape[1:], work) for module in targets.saved if module.kind == "linear"}
         total = own + whole + self.further_parameters(config, model, targets)
-        return adapter_cost(total, kept, model, work, self.further_bytes(config, targets))
+        return adapter_cost(total, kept, work) + self.further_cost(config, targets, work)
 
     def adapter_apply(self, model: Module, name: str, config: AdapterConfig, ctx: RunContext) -> Module:
         """Attach one; it alone trains and is in force afterwards."""

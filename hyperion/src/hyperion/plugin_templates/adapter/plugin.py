@@ -61,9 +61,10 @@ class ChangemeAdapter(Adapter):
     def adapter_estimate(self, config: ChangemeConfig, model: ModelFacts, work: Workload) -> Cost:
         shapes = [module.shape for module in _targets(config, model)]
         tokens = work.batch * work.length
+        copied = work.dtype != "float32"  # the input, which `_add_updates` needs in float32
         return Cost({
             "adapter": 4 * sum(config.r * (rows + columns) for rows, columns in shapes),  # float32
-            "activations": 4 * tokens * sum(config.r + rows for rows, _ in shapes),
+            "activations": 4 * tokens * sum(config.r + copied * columns for _, columns in shapes),
         })  # fmt: skip
 
     # --- training ---
