@@ -19,6 +19,12 @@ def validated(**quantization: Any) -> Callable[[Place], Sequence[str | Path]]:
     return lambda place: ["validate", place.config(quantization=quantization)]
 
 
+def budgeted(megabytes: float) -> Callable[[Place], Sequence[str | Path]]:
+    """In a type of its own: by itself it is the processor's."""
+    quantization = {"method": "torchao", "bits": "auto", "budget_mb": megabytes}
+    return lambda place: ["validate", place.config(dtype="bfloat16", quantization=quantization)]
+
+
 def planned(content: str, **quantization: Any) -> Callable[[Place], Sequence[str | Path]]:
     """Validate a config that names a file of bits."""
 
@@ -58,7 +64,7 @@ CASES: tuple[Case, ...] = (
          "1.5 bits cannot be reached"),
     case("bits: auto with a method that has none by module", validated(method="bnb", bits="auto", target_bits=3.5),
          '"bnb" has no bits by module'),
-    case("bits: auto in less than the embeddings take", validated(method="torchao", bits="auto", budget_mb=0.01),
+    case("bits: auto in less than the embeddings take", budgeted(0.01),
          "the model cannot be held in 0.01 MB", "embeddings and norms", "raise it to"),
     case("target_bits with a number of bits", validated(method="torchao", bits=4, target_bits=3.5), "needs bits: auto"),
     case("a file of bits that is not there", validated(method="torchao", bit_plan="nowhere.json"), "nowhere.json"),
