@@ -36,7 +36,8 @@ _MAY_DIFFER = frozenset(
     {"output_dir", "plugins", "training.logging_steps", "training.save_total_limit", "training.report_to",
      "training.eval_samples", "training.eval_samples_max_new_tokens", "training.push_to_hub", "training.hub_model_id",
      "training.hub_private_repo", "training.run_name", "training.recompute_layers", "training.gradient_checkpointing",
-     "training.activation_checkpointing", "training.offload_activations", "training.stream_weights"}
+     "training.activation_checkpointing", "training.offload_activations", "training.stream_weights",
+     "training.memory_check"}
 )  # fmt: skip
 
 

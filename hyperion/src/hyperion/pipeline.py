@@ -28,7 +28,7 @@ from .lock import LOCK, gather, gather_for, read_lock, refuse_drift, run_name, w
 from .models.cache import check_caches
 from .models.facts import model_facts
 from .models.source import resolve_source
-from .optimization.refusal import refuse_what_cannot_fit
+from .optimization.refusal import refuse_what_cannot_fit, refuse_what_will_not_fit
 from .output import (
     check_same_data,
     claim_output,
@@ -116,6 +116,7 @@ def run(
             encoded = encode_data(base, planned, config, tokenizer, ctx, train, evaluation)
             report = audit_encoded(encoded, base, planned, config, tokenizer, ctx.progress)
             tokens = prepare_data(encoded, report, tokenizer, ctx)
+            refuse_what_will_not_fit(planned, base, tokens.train, ctx.log)
             calibration = calibrate_on(base, tokens, planned, config, tokenizer, ctx)
             check_same_data(folder, all_hashes(tokens, calibration), resume=resume)
             write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))

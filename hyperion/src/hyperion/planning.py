@@ -20,7 +20,7 @@ from .config import FinetuneConfig
 from .data.arguments import DataArgumentsError
 from .data.chat_template import chat_template_effect, chat_template_problems
 from .data.processor import DatasetProcessor
-from .memory import forecast, planned_step
+from .memory import adapter_cost, forecast, planned_step, with_new_rows
 from .models.check import check_base
 from .models.facts import model_facts
 from .models.hardware import choose_dtype, plan_device, visible_gpus
@@ -59,17 +59,42 @@ class Rows:
 class Planned:
     """A plan, and what was found on the way to it that the run needs again.
 
-    `config` is what was asked for, with what a quantized base brings along and `quality: auto` fills in; `bits` are
+    `config` is what was `asked` for, with what a quantized base brings along and `quality: auto` fills in; `bits` are
     those of its modules, None where nothing is quantized or they are shared out later.
     """
 
     plan: Plan
+    asked: FinetuneConfig
     config: FinetuneConfig
     hooks: RunHooks
     source: BaseModelSource
     facts: ModelFacts
     processor: DatasetProcessor | None
     bits: BitPlan | None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A config with what its base and its plugins bring along: what a run of it would be.
+
+    `saved` are the bits of a base that is quantized already; `preset` is a line for the plan.
+    """
+
+    config: FinetuneConfig
+    hooks: RunHooks
+    choices: list[Choice]
+    saved: BitPlan | None
+    preset: str
+
+
+def settle(
+    config: FinetuneConfig, source: BaseModelSource | None, facts: ModelFacts, problems: list[Problem]
+) -> Settled:
+    """Choose the plugins, and fill in what a quantized base says and what `quality: auto` recommends."""
+    config, saved = with_checkpoint(config, source, facts, problems)
+    hooks, choices = choose_plugins(config)
+    config, preset = with_preset(config, PlanningHooks(hooks), facts, problems)
+    return Settled(config, hooks, choices, saved, preset)
 
 
 def make_plan(
@@ -91,12 +116,10 @@ def make_plan(
         ConfigError: with every problem at once.
     """
     problems = secret_problems(config.as_data())
-    training = config.training
+    given, training = config, config.training
     source, facts = _base_model(config, problems)
-    config, saved_bits = with_checkpoint(config, source, facts, problems)
-    hooks, choices = choose_plugins(config)
-    asked = PlanningHooks(hooks)
-    config, preset = with_preset(config, asked, facts, problems)
+    settled = settle(config, source, facts, problems)
+    config, asked = settled.config, PlanningHooks(settled.hooks)
     processor = _processor(config, problems)
     rows = rows or _counted(config, processor, problems)
     if evaluation_rows is not None:
@@ -104,8 +127,8 @@ def make_plan(
     device = "cpu" if getattr(training, "use_cpu", False) else device or plan_device()
     dtype = choose_dtype(config.dtype, device)
     steps, why_no_steps = optimizer_steps(config, rows)
-    _check_adapter(config, asked, facts, problems)
-    bits = planned_bits(config.quantization, config.base_dir, asked, facts, saved_bits, device, dtype, problems)
+    check_adapter(config, asked, facts, problems)
+    bits = planned_bits(config.quantization, config.base_dir, asked, facts, settled.saved, device, dtype, problems)
     found = asked.objective(config.objective.type).objective_check(config=config.objective)
     problems += [problem.at("objective") for problem in found or []]
     _check_training(config, facts, rows, device, steps, problems)
@@ -122,19 +145,19 @@ def make_plan(
     memory, trainable = memory_of(config)
     plan = Plan(
         config=config.as_data(),
-        choices=tuple(choices),
+        choices=tuple(settled.choices),
         device=device,
         dtype=dtype,
-        settings=_settings(config, preset, recomputed, facts, targets, rows, bits),
+        settings=_settings(config, settled.preset, recomputed, facts, targets, rows, bits),
         checks=tuple(_checks(config, asked, facts, bits)),
         steps=steps,
         why_no_steps=why_no_steps,
         memory=memory,
         why_no_memory=facts.why_unknown,
         trainable=trainable,
-        versions=versions(choices),
+        versions=versions(settled.choices),
     )
-    return Planned(plan, config, hooks, source, facts, processor, bits.known if bits else None)
+    return Planned(plan, given, config, settled.hooks, source, facts, processor, bits.known if bits else None)
 
 
 def effective_max_length(config: FinetuneConfig, facts: ModelFacts) -> int:
@@ -261,7 +284,8 @@ def _check_scheduler(config: FinetuneConfig, hooks: PlanningHooks, steps: int | 
     problems += [problem.at(f"training.{where}") for problem in found or []]
 
 
-def _check_adapter(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, problems: list[Problem]) -> None:
+def check_adapter(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, problems: list[Problem]) -> None:
+    """What stands against the adapter: its own options, the base, the quantizer, or new tokens."""
     plugin = cast(Adapter, hooks.plugin("adapter", config.adapter.type))
     quantizer = cast(Quantizer, hooks.plugin("quantizer", quantizer_name(config))) if config.quantization else None
     found = hooks.adapter(config.adapter.type).adapter_check(
@@ -300,21 +324,17 @@ def _memory(
     if not facts.known:
         return {}, None
     training = config.training
-    work = Workload(
-        batch=training.per_device_train_batch_size,
-        length=effective_max_length(config, facts),
-        dtype=dtype,
-        checkpointing=training.checkpoints_activations(),
-    )
-    adapter = hooks.adapter(config.adapter.type).adapter_estimate(config=config.adapter, model=facts, work=work)
-    # Rows of the embedding, and of a head of its own, that the run adds: no adapter can know of them while planning.
-    rows = len(config.new_tokens) * facts.hidden_size * (1 if facts.tied_embeddings else 2)
-    adapter = adapter + Cost({"adapter": 4 * rows})
+    step = planned_step(training, facts, effective_max_length(config, facts), dtype, device)
+    driver, learning = hooks.adapter(config.adapter.type), with_new_rows(config, facts, targets)
+
+    def estimate(work: Workload) -> Cost:
+        return driver.adapter_estimate(config=config.adapter, model=facts, work=work)
+
+    adapter = adapter_cost(estimate, config, facts, step, learning)
     quantizer: Cost | None = None
     if config.quantization is not None and bits is not None:
         quantizer = quantized_cost(config.quantization, hooks, facts, bits, dtype)
-    step = planned_step(training, facts, work.length, dtype, device)
-    memory = forecast(facts, adapter, quantizer, step, training.optim, targets, streams=training.stream_weights)
+    memory = forecast(facts, adapter, quantizer, step, training.optim, learning, streams=training.stream_weights)
     return memory, adapter.memory.get("adapter", 0) // 4
 
 

@@ -32,6 +32,7 @@ _OURS = frozenset(
         "recompute_layers",
         "stream_weights",
         "offload_activations",
+        "memory_check",
         "pack_length",
         "fused_layers",
         "push_to_hub",
@@ -154,6 +155,9 @@ class TrainingConfig(StrictModel):
         None, description="Where activations wait for the backward pass: ram (GPU), or disk, in the output folder:"
         " slower, the same numbers.",
     )  # fmt: skip
+    memory_check: bool = Field(
+        True, description="Refuse a run that the free memory does not hold, before the weights load; false lets it try."
+    )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         "random", description="Order of the rows in an epoch."
     )

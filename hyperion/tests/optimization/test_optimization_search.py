@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ def large(tmp_path: Path) -> Path:
     folder = tmp_path / "large"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A Llama of two layers, wide enough that quantizing it saves memory, of which there is a config.json only."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
+    (folder / "config.json").write_text(json.dumps({**LLAMA_70B, **shape, "vocab_size": 512}), encoding="utf-8")
     return folder
 
 
@@ -56,41 +66,55 @@ def test_more_memory_never_gives_a_slower_plan_and_every_plan_fits(large: Path) 
         search(config, 8 * 1024 * MiB, "cuda")
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_nearest_that_does(tmp_path: Path, monkeypatch) -> None:
-    pytest.importorskip("transformers")
-    from hyperion_core.testing.tiny import save_tiny_base
-
-    from hyperion.config import FinetuneConfig
-    from hyperion.optimization import refusal
-    from hyperion.planning import make_plan
-
-    save_tiny_base(tmp_path / "base")
-    config = FinetuneConfig.parse(
-        {"base_model": str(tmp_path / "base"), "dtype": "float32", "adapter": {"type": "lora"},
-         "training": {"pack_length": 2048, "max_length": 64, "per_device_train_batch_size": 32}}
-    )  # fmt: skip
-    planned = make_plan(config, device="cpu")
-    needed = sum(planned.plan.memory[part] for part in ("weights", "adapter", "gradients", "optimizer"))
-    monkeypatch.setattr(refusal, "free_memory", lambda device: needed)
-    refusal.refuse_what_cannot_fit(planned)
-    monkeypatch.setattr(refusal, "free_memory", lambda device: needed - 1)
-    with pytest.raises(CompatibilityError, match=r"weights(.|\n)*fix: ") as caught:
-        refusal.refuse_what_cannot_fit(planned)
-    assert caught.value.exit_code == 2
-    unknown = replace(planned, plan=replace(planned.plan, memory={}))
-    refusal.refuse_what_cannot_fit(unknown)
-
-
-def test_the_command_marks_what_it_chose_and_prints_its_keys(large: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["speed", "balanced", "quality"])
+def test_the_command_prints_the_best_of_each_way_that_fits_in_order(target: str, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hyperion_quant_bnb")
     from typer.testing import CliRunner
 
     from hyperion.cli.main import app
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.memory_model import PROCESS
+    from hyperion.optimization.search import candidates
 
     config = tmp_path / "config.yaml"
-    config.write_text(f"base_model: {large}\nadapter: {{type: lora}}\n", encoding="utf-8")
-    done = CliRunner().invoke(app, ["plan", str(config), "--memory", "400GiB", "--device", "cuda"])
+    config.write_text(f"base_model: {small}\nadapter: {{type: lora}}\n", encoding="utf-8")
+    every = candidates(FinetuneConfig.from_file(config), "cuda", 2**40, PROCESS["cuda"])
+    ways = {(each.method, each.bits) for each in every}
+    assert len(ways) > 1, "there is no quantizer to choose from"
+    # room for all but the largest way to hold the base
+    least = sorted(min(each.peak for each in every if (each.method, each.bits) == way) for way in ways)
+    memory = PROCESS["cuda"] + least[-1] - 1
+    every = candidates(FinetuneConfig.from_file(config), "cuda", memory, PROCESS["cuda"])
+    done = CliRunner().invoke(
+        app, ["plan", str(config), "--memory", f"{memory}B", "--device", "cuda", "--target", target]
+    )
     assert done.exit_code == 0, done.output
-    assert "→" in done.output and "pack_length:" in done.output
+    table, _, keys = done.output.partition("For the config:")
+    rows = re.findall(r"^(→?) *(?:(not quantized)|(\w+), (\d+) bits) +(\d+) +(\d+) +(\d+) ", table, re.MULTILINE)
+    printed = [
+        ("", 16, *map(int, numbers)) if plain else (method, int(bits), *map(int, numbers))
+        for _, plain, method, bits, *numbers in rows
+    ]
+
+    def better(each: Any) -> tuple[float, ...]:
+        rank, fast = each.rank, each.operations
+        return {
+            "speed": (fast, -each.bits, -rank), "quality": (-each.bits, -rank, fast),
+            "balanced": (rank < 16, fast, -each.bits, -rank),
+        }[target]  # fmt: skip
+
+    fitting = [each for each in every if each.fits(memory)]
+    best = [
+        min((each for each in fitting if (each.method, each.bits) == way), key=lambda each: (*better(each), each.peak))
+        for way in {(each.method, each.bits) for each in fitting}
+    ]
+    expected = [
+        (each.method, each.bits, each.rank, each.step.tokens, each.step.checkpointed)
+        for each in sorted(best, key=lambda each: (*better(each), each.peak))
+    ]
+    assert len(expected) == len(ways) - 1 and printed == expected
+    assert [row[0] for row in rows] == ["→", *[""] * (len(rows) - 1)]
+    assert f"r: {expected[0][2]}\n" in keys and "pack_length:" in keys
 
 
 def test_arguments_are_all_checked_at_once() -> None:
@@ -161,3 +185,92 @@ def test_auto_computes_as_few_layers_again_as_the_free_memory_asks_for(tmp_path:
         assert f"{count} of 12" in found.plan.settings["recompute_layers"]
     monkeypatch.setattr(recomputing_choice, "free_memory", lambda device: None)
     assert planned("auto").config.training.checkpoints_activations()
+
+
+@pytest.mark.parametrize("options", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_auto_takes_options_of_checkpointing(options: str, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("transformers")
+    from hyperion_core.testing.tiny import save_tiny_base
+
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization import recomputing_choice
+    from hyperion.planning import make_plan
+
+    training = {"recompute_layers": "auto", options: {"use_reentrant": False}}
+    data = {"base_model": str(save_tiny_base(tmp_path / "base")), "adapter": {"type": "lora"}, "training": training}
+    for free, count, kept in ((2**40, 0, None), (1, 2, {"use_reentrant": False})):
+        monkeypatch.setattr(recomputing_choice, "free_memory", lambda device, free=free: free)
+        said = make_plan(FinetuneConfig.parse(data), device="cpu").config.training
+        assert (said.recompute_layers, getattr(said, options)) == (count, kept)
+
+
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"quality": "auto"},
+        {"training": {"packing": False}},
+        {"training": {"neftune_noise_alpha": 5.0, "pack_length": 300}},
+        {"training": CHECKPOINTED},
+        {"training": {**CHECKPOINTED, "gradient_checkpointing": None, "recompute_layers": "auto"}},
+        {"training": {"stream_weights": True}},
+        {"quantization": {"bits": "auto", "target_bits": 3}},
+    ],
+    ids=str,
+)
+def test_a_run_of_the_keys_that_are_printed_is_planned_the_same(asked: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from hyperion_core.testing.tiny import save_tiny_base
+
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.search import candidates
+    from hyperion.planning import make_plan
+
+    if "quantization" in asked:
+        pytest.importorskip("hyperion_quant_gptq")
+    base = save_tiny_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    training = {"max_length": 64, "gradient_accumulation_steps": 2, **asked.get("training", {})}
+    training = {key: said for key, said in training.items() if said is not None}
+    data = {"base_model": str(base), "dtype": "float32", "adapter": {"type": "lora"}, **asked, "training": training}
+    found = candidates(FinetuneConfig.parse(data), "cpu", 2**20, 0)
+    passes = {each.step.tokens for each in found}
+    assert len(passes) > 1 and {0, 2} <= {each.step.checkpointed for each in found}
+    for each in found[:: max(1, len(found) // 12)]:  # a plan takes its time
+        lines = each.lines()
+        switches = {"gradient_checkpointing", "activation_checkpointing", "recompute_layers"}
+        if not each.step.checkpointed:
+            switches.add("gradient_checkpointing_kwargs")
+        kept = {key: said for key, said in training.items() if key not in switches}
+        pasted = {**data, **lines, "training": {**kept, **lines["training"]}}
+        planned = make_plan(FinetuneConfig.parse(pasted), device="cpu")
+        assert planned.plan.memory == each.memory
+        rows = planned.config.training.per_device_train_batch_size
+        assert rows * planned.config.training.gradient_accumulation_steps == 16
+
+
+def test_of_a_base_that_is_quantized_there_is_one_way_to_hold_it(small: Path) -> None:
+    pytest.importorskip("hyperion_quant_bnb")
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization import AdapterOptimizer
+    from hyperion.optimization.search import search
+
+    saved = json.loads((small / "config.json").read_text(encoding="utf-8"))
+    saved["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (small / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    found = search(FinetuneConfig.parse({"base_model": str(small), "adapter": {"type": "lora"}}), 2**40, "cuda")
+    assert [(each.method, each.bits) for each in found.alternatives] == [("bnb", 4)]
+    assert AdapterOptimizer(str(small), 2**20).generate_config().quantization.bits == 4
+    other = {"base_model": str(small), "adapter": {"type": "lora"}, "quantization": {"method": "bnb", "bits": 8}}
+    alternatives = search(FinetuneConfig.parse(other), 2**40, "cuda").alternatives
+    assert [(each.method, each.bits) for each in alternatives] == [("bnb", 4)]
+
+
+def test_what_a_run_refuses_is_refused_with_the_same_reason(small: Path) -> None:
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.search import search
+
+    asked = {"base_model": str(small), "adapter": {"type": "lora"}, "training": {"stream_weights": True}}
+    with pytest.raises(ConfigError, match="stream_weights does not work on cuda"):
+        search(FinetuneConfig.parse(asked), 2**40, "cuda")

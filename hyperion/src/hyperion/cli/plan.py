@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from hyperion.optimization.search import Candidate, Found
+    from hyperion.optimization.candidate import Candidate
+    from hyperion.optimization.search import Found
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30,
           "tib": 2**40}  # fmt: skip
@@ -31,9 +32,10 @@ def plan(
 
     size = size_in_bytes(memory)
     _one_of("--target", target, _TARGETS)
-    device = device or plan_device()
+    asked = FinetuneConfig.from_file(config)
+    device = device or ("cpu" if getattr(asked.training, "use_cpu", False) else plan_device())
     _one_of("--device", device, _DEVICES)
-    found = search(FinetuneConfig.from_file(config), size, device, target)  # type: ignore[arg-type]
+    found = search(asked, size, device, target)  # type: ignore[arg-type]
     rate = _rate(found.chosen, device)
     if as_json:
         from .json_output import print_json

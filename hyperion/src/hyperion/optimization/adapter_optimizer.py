@@ -9,7 +9,8 @@ from hyperion_core.errors import ConfigError, Problem
 from hyperion_core.facts import MiB
 
 from ..config import FinetuneConfig
-from .search import Candidate, search
+from .candidate import Candidate
+from .search import search
 
 _TARGETS = ("balanced", "speed", "quality")
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..config import FinetuneConfig
 from ..models.hardware import free_memory
+from ..training_config import TrainingConfig
 from .memory_model import PROCESS
 
+_SWITCHES = ("recompute_layers", "gradient_checkpointing", "activation_checkpointing")
+_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 _SHARE = 0.9  # of the free memory: other processes want some, too
 
 
@@ -43,9 +47,15 @@ def fewest(layers: int, fits: Callable[[int], bool]) -> int:
     return min(layers, 1 + bisect_left(range(1, layers + 1), True, key=fits))
 
 
+def recomputing(training: TrainingConfig, count: int | None) -> dict[str, Any]:
+    """The keys of `training:` with so many layers that compute again; None is all of them.
+
+    Where none does, options of checkpointing would do nothing, and are left out: they are refused then.
+    """
+    dropped = _SWITCHES if count != 0 else (*_SWITCHES, *_OPTIONS)
+    given = {key: said for key, said in training.given().items() if key not in dropped}
+    return {**given, **({"gradient_checkpointing": True} if count is None else {"recompute_layers": count})}
+
+
 def _with(config: FinetuneConfig, count: int | None) -> FinetuneConfig:
-    training = {**config.training.given(), "recompute_layers": count}
-    if count is None:
-        training = {**config.training.given(), "gradient_checkpointing": True}
-        del training["recompute_layers"]
-    return config.replace(training=training)
+    return config.replace(training=recomputing(config.training, count))
