@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,12 @@ def counting_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_after_100_steps_its_loss_is_that_of_lora_on_a_bfloat16_base(counting_base: Path, tmp_path: Path) -> None:
-    losses = {}
-    for name, quantization in (("nf4", {"method": "bnb"}), ("plain", None)):
-        arguments = {"dtype": "bfloat16", "max_steps": 100, "eval_steps": 100, "learning_rate": 2e-3}
-        losses[name] = train(counting_base, tmp_path / name, quantization, **arguments).metrics
+    """In the mean of three seeds: that of eight held-out rows scatters by as much as is asked for."""
+    losses: dict[str, Counter[str]] = {"nf4": Counter(), "plain": Counter()}
+    for seed in range(3):
+        for name, quantization in (("nf4", {"method": "bnb"}), ("plain", None)):
+            arguments = {"dtype": "bfloat16", "max_steps": 100, "eval_steps": 100, "learning_rate": 2e-3, "seed": seed}
+            done = train(counting_base, tmp_path / f"{name}-{seed}", quantization, **arguments)
+            losses[name].update({metric: done.metrics[metric] for metric in ("train_loss", "eval_loss")})
     for metric in ("train_loss", "eval_loss"):
         assert losses["nf4"][metric] == pytest.approx(losses["plain"][metric], rel=0.05), metric

@@ -142,7 +142,7 @@ def test_no_more_layers_are_computed_again_than_the_memory_asks_for(large: Path)
     some = [each for each in candidates(config, "cuda", memory, process) if 0 < each.step.checkpointed < 80]
     assert some
     for each in some:
-        assert each.fits(memory) and each.lines()["training"]["recompute_layers"] == each.step.checkpointed
+        assert each.fits(memory) and each.lines(config)["training"]["recompute_layers"] == each.step.checkpointed
         less = {**each.config.training.given(), "recompute_layers": each.step.checkpointed - 1}
         smaller = each.config.replace(training=less)
         rivals = candidates(smaller, "cuda", memory, process)
@@ -217,6 +217,7 @@ CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs":
         {"training": {**CHECKPOINTED, "gradient_checkpointing": None, "recompute_layers": "auto"}},
         {"training": {"stream_weights": True}},
         {"quantization": {"bits": "auto", "target_bits": 3}},
+        {"quantization": {"method": "torchao", "bits": 4}},
     ],
     ids=str,
 )
@@ -234,11 +235,12 @@ def test_a_run_of_the_keys_that_are_printed_is_planned_the_same(asked: dict[str,
     training = {"max_length": 64, "gradient_accumulation_steps": 2, **asked.get("training", {})}
     training = {key: said for key, said in training.items() if said is not None}
     data = {"base_model": str(base), "dtype": "float32", "adapter": {"type": "lora"}, **asked, "training": training}
-    found = candidates(FinetuneConfig.parse(data), "cpu", 2**20, 0)
+    config = FinetuneConfig.parse(data)
+    found = candidates(config, "cpu", 2**20, 0)
     passes = {each.step.tokens for each in found}
     assert len(passes) > 1 and {0, 2} <= {each.step.checkpointed for each in found}
     for each in found[:: max(1, len(found) // 12)]:  # a plan takes its time
-        lines = each.lines()
+        lines = each.lines(config)
         switches = {"gradient_checkpointing", "activation_checkpointing", "recompute_layers"}
         if not each.step.checkpointed:
             switches.add("gradient_checkpointing_kwargs")

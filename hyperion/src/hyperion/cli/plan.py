@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from hyperion.config import FinetuneConfig
     from hyperion.optimization.candidate import Candidate
     from hyperion.optimization.search import Found
 
@@ -40,10 +41,10 @@ def plan(
     if as_json:
         from .json_output import print_json
 
-        rows = [_as_data(each, rate) for each in found.alternatives]
+        rows = [_as_data(each, asked, rate) for each in found.alternatives]
         print_json({"memory": size, "device": device, "chosen": rows[0], "alternatives": rows[1:]}, ensure_ascii=False)
         return
-    _show(found, rate)
+    _show(found, asked, rate)
 
 
 def size_in_bytes(text: str) -> int:
@@ -88,7 +89,7 @@ def _seconds(candidate: Candidate, rate: float | None) -> float | None:
     return None if rate is None else step_seconds(candidate.operations, rate)
 
 
-def _as_data(candidate: Candidate, rate: float | None) -> dict[str, Any]:
+def _as_data(candidate: Candidate, asked: FinetuneConfig, rate: float | None) -> dict[str, Any]:
     return {
         "quantization": {"method": candidate.method or None, "bits": candidate.bits},
         "rank": candidate.rank,
@@ -98,11 +99,11 @@ def _as_data(candidate: Candidate, rate: float | None) -> dict[str, Any]:
         "process": candidate.process,
         "total": candidate.peak + candidate.process,
         "seconds_a_step_estimated": _seconds(candidate, rate),
-        "config": candidate.lines(),
+        "config": candidate.lines(asked),
     }
 
 
-def _show(found: Found, rate: float | None) -> None:
+def _show(found: Found, asked: FinetuneConfig, rate: float | None) -> None:
     import yaml
     from hyperion_core.facts import MiB
     from rich.table import Table
@@ -128,4 +129,4 @@ def _show(found: Found, rate: float | None) -> None:
     console = out()
     console.print(table)
     console.print(Text("\nFor the config:", style="green"))
-    console.print(Text(yaml.safe_dump(found.chosen.lines(), sort_keys=False).rstrip()))
+    console.print(Text(yaml.safe_dump(found.chosen.lines(asked), sort_keys=False).rstrip()))

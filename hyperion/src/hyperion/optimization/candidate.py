@@ -46,8 +46,8 @@ class Candidate:
         """Bytes, without the process itself."""
         return sum(self.memory.values())
 
-    def lines(self) -> dict[str, Any]:
-        """The keys of the config that make it so."""
+    def lines(self, asked: FinetuneConfig) -> dict[str, Any]:
+        """The keys that make it so, laid over those of the config that was `asked` for."""
         adapter = {**self.config.adapter.given(), "type": self.config.adapter.type}
         training = self.config.training
         sized = _BATCH if pads(training) else ("pack_length",)
@@ -56,11 +56,11 @@ class Candidate:
             for name in (*sized, "recompute_layers", "gradient_checkpointing")
             if (said := getattr(training, name, None)) is not None
         }
-        held = (
-            {"quantization": {**self.config.quantization.given(), "method": self.method}}
-            if self.config.quantization
-            else {}
-        )
+        held: dict[str, Any] = {}
+        if self.config.quantization:
+            held = {"quantization": {**self.config.quantization.given(), "method": self.method}}
+        elif asked.quantization:
+            held = {"quantization": None}
         return {"adapter": adapter, **held, "training": chosen}
 
     def fits(self, memory: int) -> bool:

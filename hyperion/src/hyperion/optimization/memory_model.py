@@ -3,8 +3,8 @@
 What autograd keeps for the backward pass is counted tensor by tensor, for Llama-like models whose rows are packed and
 whose layers are fused (`acceleration/`): a test holds the count against autograd itself, byte for byte. Of the adapter
 it counts what its modules make the base keep, the inputs of theirs among it; what is kept for the adapter itself its
-plugin says. Padding, other architectures and layers that are not fused keep more; they are reckoned as torch's own
-modules keep them, which is an upper bound and no exact count.
+plugin says. Padding, other architectures and layers that are not fused are reckoned as torch's own modules keep them:
+mostly more than is kept, and no exact count.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _nearest(planned: Planned, free: int, lengths: RowLengths | None) -> str:
         found = search(planned.asked, free, planned.plan.device, "nearest", process=0, lengths=lengths).chosen
     except HyperionError as error:
         return f"nothing that was tried fits ({error.what}): give it more memory, or choose a smaller base; {_ESCAPE}"
-    keys = yaml.safe_dump(found.lines(), default_flow_style=True, sort_keys=False, width=10**6).strip()
+    keys = yaml.safe_dump(found.lines(planned.asked), default_flow_style=True, sort_keys=False, width=10**6).strip()
     return f"these keys fit, in {found.peak / MiB:,.0f} MiB: {keys}; {_ESCAPE}"
 
 
