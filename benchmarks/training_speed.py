@@ -91,9 +91,11 @@ def main() -> None:
 
 
 def commit() -> str:
-    """Of the code that is measured; with a + where it was changed since."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    """Of the code that is measured; with a + where it was changed since. Results are no code, and change with each."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]).returncode
+    return head.strip() + ("+" if changed else "")
 
 
 def keep(file: Path, results: Results, dtype: str) -> None:

@@ -128,8 +128,9 @@ class Forecaster:
         return self._adapter.adapter_estimate(config=self.config.adapter, model=self.facts, work=work)
 
 
-def parts(candidate: Candidate) -> str:
-    return ", ".join(f"{name} {size / MiB:,.0f}" for name, size in candidate.memory.items())
+def parts(memory: Mapping[str, int]) -> str:
+    """Bytes by part, in MiB."""
+    return ", ".join(f"{part} {size / MiB:,.0f}" for part, size in memory.items())
 
 
 def described(candidate: Candidate) -> str:

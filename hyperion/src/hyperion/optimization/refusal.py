@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from ..models.facts import model_facts
 from ..models.hardware import free_memory
 from ..models.source import resolve_source
 from ..planning import Planned
-from .candidate import Candidate, Forecaster
+from .candidate import Candidate, Forecaster, parts
 from .memory_model import layers_of
 from .row_lengths import RowLengths, row_lengths
 from .search import search
@@ -51,7 +50,7 @@ def refuse_what_cannot_fit(planned: Planned) -> None:
         return
     raise CompatibilityError(
         f"the run takes more than {needed / MiB:,.0f} MiB on {planned.plan.device}, and {free / MiB:,.0f} MiB are free",
-        why=f"in MiB: {_parts(planned.plan.memory)}",
+        why=f"in MiB: {parts(planned.plan.memory)}",
         fix=_nearest(planned, free, None),
     )
 
@@ -83,7 +82,7 @@ def refuse_what_will_not_fit(planned: Planned, base: Path, train: Dataset, log: 
     if not _counted(run, facts):
         log.warning("%s; how far that forecast is off was not measured for such a run, so it goes on", what)
         return
-    why = f"in MiB: {_parts(run.memory)}; the longest row has {lengths.longest} tokens"
+    why = f"in MiB: {parts(run.memory)}; the longest row has {lengths.longest} tokens"
     raise CompatibilityError(what, why=why, fix=_nearest(planned, free, lengths))
 
 
@@ -103,7 +102,3 @@ def _nearest(planned: Planned, free: int, lengths: RowLengths | None) -> str:
         return f"nothing that was tried fits ({error.what}): give it more memory, or choose a smaller base; {_ESCAPE}"
     keys = yaml.safe_dump(found.lines(planned.asked), default_flow_style=True, sort_keys=False, width=10**6).strip()
     return f"these keys fit, in {found.peak / MiB:,.0f} MiB: {keys}; {_ESCAPE}"
-
-
-def _parts(memory: Mapping[str, int]) -> str:
-    return ", ".join(f"{part} {size / MiB:,.0f}" for part, size in memory.items())

@@ -69,7 +69,7 @@ def search(
         raise CompatibilityError(
             f"{config.base_model} does not train in {memory / MiB:,.0f} MiB, however it is set",
             why=f"the least of {len(every)} settings takes {(least.peak + least.process) / MiB:,.0f} MiB: "
-            f"{described(least)}; {parts(least)}",
+            f"{described(least)}; {parts(least.memory)}",
             fix="give it more memory, choose a smaller base model or a shorter max_length, or set "
             "training.stream_weights (CPU)",
         )
