@@ -162,6 +162,9 @@ def _candidates(search: Search) -> Iterator[str]:
         cells.append(f"{trial.cost:.2f}" if trial.reached else "–")
         yield "| " + " | ".join(cells) + " |"
     yield ""
+    if earlier := len(search.results.runs) - search.used:
+        yield f"The JSON file has {earlier} more runs, of earlier starts with other candidates or lengths."
+        yield ""
 
 
 def _table(search: Search) -> Iterator[str]:

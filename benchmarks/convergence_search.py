@@ -26,11 +26,11 @@ Curve = Sequence[Sequence[float]]
 Runner = Callable[[dict[str, Any], Task], dict[str, Any]]
 
 #: Lengths as parts of the baseline's, and how many candidates are tried at each.
-RUNGS: tuple[tuple[float, int | None], ...] = ((0.25, None), (0.4, 5), (0.6, 2))
+RUNGS: tuple[tuple[float, int | None], ...] = ((0.4, None), (0.6, 3))
 FINALISTS = 2
 #: Parts of the hours after which a stage begins no further run.
 UNTIL = {"baseline": 0.8, "neighbours": 0.85, "seeds": 0.95, "timed": 1.1}
-_UNTIL_RUNG = (0.62, 0.74, 0.8)
+_UNTIL_RUNG = (0.6, 0.77)
 
 
 class OutOfTime(Exception):
@@ -218,6 +218,11 @@ class Search:
                 found.append(a_token * ROWS_A_STEP * self.tasks[task].tokens)
         return found
 
+    @property
+    def used(self) -> int:
+        """How many of the results' runs this search has asked for."""
+        return len(self._seen)
+
     def winner(self) -> list[Trial]:
         """The best finalist's trials, one a seed that was run."""
 
@@ -266,7 +271,7 @@ class Search:
 
     def _hyperion(self, task: str, candidate: Candidate, length: float, seed: int, until: float
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
-        evaluations = 2 if length < 0.3 else 4
+        evaluations = 2 if length < 0.5 else 4
         every = max(1, round(length * self.steps / evaluations))
         steps = every * round(length * self.steps / every)  # the last one is evaluated
         setting = {

@@ -32,7 +32,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "torchao", "bitsandb
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", action="append", default=[], help="arms whose name holds this; may be given again")
-    parser.add_argument("--rounds", type=int, default=5, help="of latency")
+    parser.add_argument("--rounds", type=int, default=5, help="of latency; 0 measures disk and quality alone")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--held-out", type=int, default=100, help="chats that quality is measured on")
     parser.add_argument("--folder", type=Path, help="for text and models; default: beside Hyperion's other caches")

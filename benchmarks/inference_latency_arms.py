@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PROMPT, NEW = 64, 64  # tokens
 _FEW = 8  # new tokens of arms that take their time
 _STEPS, _ROWS_A_STEP = 60, 4  # of training
+_DISTILL_STEPS = 100
 _REPEATS = 3  # inside one process, after one that warms up
 #: Of the package, in bytes of the merged model in float16; 1% less than is promised is left for the file's header.
 _SHARE = 0.2575
@@ -46,7 +47,10 @@ ARMS: Mapping[str, Arm] = {
     "merged float32": Arm("`hyperion merge`", "float32"),
     "merged bfloat16": Arm("`hyperion merge`"),
     "merged bfloat16, compiled": Arm("the same, each step by `torch.compile`, static cache", compiled=True),
-    "package": Arm("`hyperion quantize`: gptq, bits: auto, embeddings in 4 bits", quantization="package"),
+    "package": Arm(
+        "`hyperion quantize`: gptq, bits: auto, embeddings in 4 bits, scales that learn", quantization="package"
+    ),
+    "package, scales as rounded": Arm("the same bits, without `distill_steps`", quantization="rounded"),
     "gptq": Arm("`hyperion quantize`: gptq, 4 bits", quantization="gptq"),
     "torchao": Arm("`hyperion quantize`: torchao, 4 bits", quantization="torchao", new=_FEW),
     "bnb": Arm("`hyperion quantize`: bnb, nf4", quantization="bnb", new=_FEW),
@@ -100,10 +104,13 @@ class TunedBench(Bench):
     def options(self, quantization: str) -> dict[str, Any]:
         """What stands below `quantization:`."""
         calibration = self.calibration(0).model_dump()
+        package = {"method": "gptq", "embedding_bits": 4, "calibration": calibration}
         if quantization == "package":
             budget = _SHARE * weight_bytes(self.base) / 1e6
-            return {"method": "gptq", "bits": "auto", "budget_mb": round(budget, 2), "group_size": 64,
-                    "embedding_bits": 4, "calibration": calibration}  # fmt: skip
+            return {**package, "bits": "auto", "group_size": 64, "budget_mb": round(budget, 2),
+                    "distill_steps": _DISTILL_STEPS}  # fmt: skip
+        if quantization == "rounded":
+            return {**package, "bit_plan": str(self.checkpoint("package") / "bit_plan.json")}
         if quantization == "gptq":
             return {"method": "gptq", "bits": 4, "group_size": 64, "calibration": calibration}
         return {"method": quantization, "bits": 4, "group_size": 64}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hyperion_core.facts import Cost, ModelFacts, Workload
 
-from .optimization.memory_model import BYTES, Held, Step, layer_names, layer_of, layers_of, peak_memory
+from .optimization.memory_model import BYTES, COUNTED, Held, Step, layer_names, layer_of, layers_of, peak_memory
 
 if TYPE_CHECKING:
     from .config import FinetuneConfig
@@ -21,6 +21,14 @@ _KEPT_DOCUMENT = 512  # of rows up to so many tokens attention keeps most
 def pads(training: TrainingConfig) -> bool:
     """Whether rows are certain to be padded. Whether the model can be given packs at all shows when it is loaded."""
     return training.packing is False or bool(training.neftune_noise_alpha)  # its noise depends on a row's length
+
+
+def counted(training: TrainingConfig, facts: ModelFacts) -> bool:
+    """Whether a run's forecast is of those whose error is known (benchmarks/results/memory-prediction.md): of a model
+    whose layers are counted tensor by tensor, of rows in packs, in fused layers, all in memory."""
+    layers = sum(layer.keys() >= COUNTED for layer in layers_of(facts))
+    moved = training.stream_weights or training.offload_activations is not None
+    return layers == facts.layers > 0 and training.fused_layers and not pads(training) and not moved
 
 
 def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype: str, device: str) -> Step:

@@ -136,6 +136,18 @@ def claim_output(folder: Path, plan: Plan, checkpoint: Path | None) -> None:
         else:  # of a run that was killed before its first checkpoint: bits that were shared out for another config
             for name in (BIT_PLAN, HEAT_MAP):
                 (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    write_plan(folder, plan)
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """The plan, or in its place what became of it.
+
+    Raises:
+        TrainingError: the folder cannot be written.
+    """
+    try:
         write_json(folder / PLAN, plan.to_dict())
     except OSError as error:
         raise _unwritable(folder, error) from error

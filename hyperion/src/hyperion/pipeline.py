@@ -28,16 +28,18 @@ from .lock import LOCK, gather, gather_for, read_lock, refuse_drift, run_name, w
 from .models.cache import check_caches
 from .models.facts import model_facts
 from .models.source import resolve_source
-from .optimization.refusal import refuse_what_cannot_fit, refuse_what_will_not_fit
+from .optimization.refusal import refuse_what_cannot_fit, within_memory
 from .output import (
     check_same_data,
     claim_output,
     output_folder,
     read_prepared,
     write_artifact,
+    write_plan,
     write_prepared,
 )
-from .planning import Planned, Rows, effective_max_length, make_plan, quantizer_name
+from .planning import Planned, Rows, effective_max_length, make_plan
+from .settling import quantizer_name
 from .training_checks import length_problems
 
 if TYPE_CHECKING:
@@ -116,7 +118,9 @@ def run(
             encoded = encode_data(base, planned, config, tokenizer, ctx, train, evaluation)
             report = audit_encoded(encoded, base, planned, config, tokenizer, ctx.progress)
             tokens = prepare_data(encoded, report, tokenizer, ctx)
-            refuse_what_will_not_fit(planned, base, tokens.train, ctx.log)
+            planned = within_memory(planned, base, tokens.train, ctx.log)
+            config, ctx = planned.config, replace(ctx, plan=planned.plan)
+            write_plan(folder, planned.plan)
             calibration = calibrate_on(base, tokens, planned, config, tokenizer, ctx)
             check_same_data(folder, all_hashes(tokens, calibration), resume=resume)
             write_lock(folder / LOCK, run_name(config), gather(planned, tokens.provenance, ctx.progress, base))

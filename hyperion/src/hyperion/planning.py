@@ -6,15 +6,12 @@ import importlib.metadata
 import math
 import platform
 from dataclasses import dataclass, replace
-from typing import cast
 
-from hyperion_core.compatibility import check_pair
 from hyperion_core.errors import CompatibilityError, DataError, HyperionError, ModelError, Problem
 from hyperion_core.facts import BitPlan, Cost, Horizon, ModelFacts, Workload
 from hyperion_core.hooks import RunHooks
-from hyperion_core.kinds import Adapter, Quantizer
+from hyperion_core.kinds import Quantizer
 from hyperion_core.plan import Check, Choice, Plan
-from hyperion_core.registry import registry
 
 from .config import FinetuneConfig
 from .data.arguments import DataArgumentsError
@@ -27,9 +24,9 @@ from .models.hardware import choose_dtype, plan_device, visible_gpus
 from .models.source import BaseModelSource, resolve_source
 from .optimization.recomputing_choice import with_recomputing
 from .planning_hooks import PlanningHooks
-from .preset import with_preset
-from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost, with_checkpoint
+from .quantization.planning import PlannedBits, described, planned_bits, quantized_cost
 from .secret_checks import secret_problems
+from .settling import check_adapter, quantizer_name, settle
 from .training_checks import (
     batch_problems,
     device_problems,
@@ -71,30 +68,6 @@ class Planned:
     facts: ModelFacts
     processor: DatasetProcessor | None
     bits: BitPlan | None
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A config with what its base and its plugins bring along: what a run of it would be.
-
-    `saved` are the bits of a base that is quantized already; `preset` is a line for the plan.
-    """
-
-    config: FinetuneConfig
-    hooks: RunHooks
-    choices: list[Choice]
-    saved: BitPlan | None
-    preset: str
-
-
-def settle(
-    config: FinetuneConfig, source: BaseModelSource | None, facts: ModelFacts, problems: list[Problem]
-) -> Settled:
-    """Choose the plugins, and fill in what a quantized base says and what `quality: auto` recommends."""
-    config, saved = with_checkpoint(config, source, facts, problems)
-    hooks, choices = choose_plugins(config)
-    config, preset = with_preset(config, PlanningHooks(hooks), facts, problems)
-    return Settled(config, hooks, choices, saved, preset)
 
 
 def make_plan(
@@ -163,27 +136,6 @@ def make_plan(
 def effective_max_length(config: FinetuneConfig, facts: ModelFacts) -> int:
     """Tokens of a row that are kept: what was asked for, or its default within the model's context."""
     return config.training.max_length or min(_MAX_LENGTH, facts.context_length or _MAX_LENGTH)
-
-
-def choose_plugins(config: FinetuneConfig) -> tuple[RunHooks, list[Choice]]:
-    """Every plugin that the config names, registered for one run."""
-    chosen = [
-        ("adapter", config.adapter.type),
-        ("objective", config.objective.type),
-        ("scheduler", config.scheduler().type),
-        *([("quantizer", quantizer_name(config))] if config.quantization else []),
-        *(("observer", name) for name in config.plugins),
-    ]
-    hooks = RunHooks()
-    for kind, name in chosen:
-        hooks.add(registry().create(kind, name), name)
-    return hooks, [Choice.of(registry().find(kind, name)) for kind, name in chosen]
-
-
-def quantizer_name(config: FinetuneConfig) -> str:
-    """The quantizer's name; validation has put it into the config."""
-    assert config.quantization is not None and config.quantization.method is not None
-    return config.quantization.method
 
 
 def count_rows(config: FinetuneConfig, processor: DatasetProcessor | None) -> Rows:
@@ -282,24 +234,6 @@ def _check_scheduler(config: FinetuneConfig, hooks: PlanningHooks, steps: int | 
     )
     where = "lr_scheduler_type" if training.lr_scheduler_type else "lr_scheduler"
     problems += [problem.at(f"training.{where}") for problem in found or []]
-
-
-def check_adapter(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts, problems: list[Problem]) -> None:
-    """What stands against the adapter: its own options, the base, the quantizer, or new tokens."""
-    plugin = cast(Adapter, hooks.plugin("adapter", config.adapter.type))
-    quantizer = cast(Quantizer, hooks.plugin("quantizer", quantizer_name(config))) if config.quantization else None
-    found = hooks.adapter(config.adapter.type).adapter_check(
-        config=config.adapter, model=facts, quantizer=quantizer.provides if quantizer else None
-    )
-    problems += [problem.at("adapter") for problem in found or []]
-    pair = check_pair(type(plugin), type(quantizer) if quantizer else None)
-    if pair:
-        problems.append(pair)
-    if config.new_tokens and not plugin.capabilities.new_tokens:
-        problems.append(
-            Problem("new_tokens", f'the adapter "{config.adapter.type}" cannot train new tokens',
-                    "it does not declare that capability", "choose another adapter, or leave new_tokens out")
-        )  # fmt: skip
 
 
 def _adapter_targets(config: FinetuneConfig, hooks: PlanningHooks, facts: ModelFacts) -> list[str] | None:

@@ -54,13 +54,18 @@ def with_preset(
 
 
 def _training(training: TrainingConfig, recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the recommended keys those that say nothing against what is given. They are for AdamW."""
+    """Of the recommended keys those that say nothing against what is given. They are for one kind of optimizer."""
     given = training.given()
-    if "adamw" not in str(given.get("optim") or "adamw"):
+    if given.get("optim") and _kind(given["optim"]) != _kind(recommended.get("optim")):
         return {}
     return {
         key: value for key, value in recommended.items() if key not in given and not _stands_against(key, value, given)
     }
+
+
+def _kind(optim: str | None) -> str:
+    """AdamW's variants are one kind."""
+    return "adamw" if "adamw" in (optim or "adamw") else str(optim)
 
 
 def _stands_against(key: str, value: Any, given: Mapping[str, Any]) -> bool:

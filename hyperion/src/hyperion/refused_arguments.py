@@ -105,6 +105,8 @@ _NEED_WORKERS = (
     "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context",
 )
+#: An optimizer of Hyperion's own: engine/muon.py.
+MUON = "muon"
 _TRACKIOS_OWN = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 # The Hub's own rule for names of repositories.
 _HUB_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
@@ -146,7 +148,7 @@ def _together(one: str, other: str, why: str) -> Problem:
 
 
 def _optimizer_problems(name: Any) -> list[Problem]:
-    known = foreign_values("transformers", "training_args.py", "OptimizerNames")
+    known = [*foreign_values("transformers", "training_args.py", "OptimizerNames"), MUON]
     if not isinstance(name, str):
         return []
     if name not in known:

@@ -110,7 +110,10 @@ class TrainingConfig(StrictModel):
     load_best_model_at_end: bool | None = Field(
         None, description="Keep the best model, not the last; by default whenever there is an evaluation."
     )
-    optim: str | None = Field(None, description="The optimizer, by transformers' name.")
+    optim: str | None = Field(
+        None, description="The optimizer, by transformers' name; or muon, which moves an adapter's matrices in all"
+        " directions alike, by AdamW's learning rates and with half of its memory.",
+    )  # fmt: skip
     adam_beta1: Fraction | None = Field(None, description="AdamW: decay of the mean of gradients.")
     adam_beta2: Fraction | None = Field(None, description="AdamW: decay of the mean of their squares.")
     adam_epsilon: PositiveFloat | None = Field(None, description="AdamW: added to the divisor.")
@@ -145,7 +148,8 @@ class TrainingConfig(StrictModel):
     )
     recompute_layers: NonNegativeInt | Literal["auto"] | None = Field(
         None, description="Layers whose activations are computed again in the backward pass, counted from the first;"
-        " auto: as few as the free memory asks for. gradient_checkpointing does so for all.",
+        " auto: as few as the free memory asks for, which is the default where rows are packed in a Llama-like model."
+        " gradient_checkpointing does so for all.",
     )  # fmt: skip
     stream_weights: bool = Field(
         False, description="Leave the base's frozen weights in their files and read them layer by layer (CPU): slower,"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import replace
@@ -61,8 +62,8 @@ def free(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "free_memory", lambda device: size)
 
 
-def check(planned: Planned, base: Path, train: Any) -> None:
-    refusal.refuse_what_will_not_fit(planned, base, train, logging.getLogger("hyperion.test"))
+def check(planned: Planned, base: Path, train: Any) -> Planned:
+    return refusal.within_memory(planned, base, train, logging.getLogger("hyperion.test"))
 
 
 def pasted(asked: FinetuneConfig, error: CompatibilityError) -> FinetuneConfig:
@@ -101,7 +102,7 @@ def test_what_is_always_held_is_refused_with_the_nearest_settings_that_fit(
 def test_the_rows_of_the_data_decide_and_the_forecasts_error_is_given(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = config(base)
+    asked = config(base, recompute_layers=0)
     planned = make_plan(asked, device="cpu")
     run = forecast(planned)
     least = int(run.peak / (1 + refusal.MARGIN))
@@ -121,16 +122,42 @@ def test_the_rows_of_the_data_decide_and_the_forecasts_error_is_given(
     check(planned, base, rows())
 
 
-def test_auto_has_its_chance_first(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    none, every = (forecast(make_plan(config(base, recompute_layers=n), device="cpu")).peak for n in (0, LAYERS))
-    assert every * 1.2 < none
-    free(int(every * 1.01), monkeypatch)
+@pytest.mark.parametrize("said", [{}, {"recompute_layers": "auto"}], ids=str)
+def test_as_few_layers_compute_again_as_the_rows_of_the_data_ask_for(
+    said: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = [forecast(make_plan(config(base, recompute_layers=n), device="cpu")).peak for n in range(LAYERS + 1)]
+    assert peaks[-1] * 1.2 < peaks[0]
+    for room in (peaks[0], peaks[5], min(peaks)):
+        count = next(number for number, peak in enumerate(peaks) if peak <= room)
+        free(int(room / recomputing_choice.SHARE) + 1, monkeypatch)
+        planned = make_plan(config(base, **said), device="cpu")
+        found = check(planned, base, rows())
+        assert forecast(found).step.checkpointed == count
+        assert forecast(found).peak <= room
+        if count != forecast(planned).step.checkpointed:
+            assert found.plan.settings["recompute_layers"] == f"auto: {count} of {LAYERS}"
+            assert found.plan.config["training"]["recompute_layers"] == count
+            assert found.plan.memory == forecast(found).memory
+    free(int(peaks[-1] / (1 + refusal.MARGIN)) - 1, monkeypatch)
     with pytest.raises(CompatibilityError):
-        check(make_plan(config(base), device="cpu"), base, rows())
-    check(make_plan(config(base, recompute_layers="auto"), device="cpu"), base, rows())
-    free(int(every / 1.2), monkeypatch)
-    with pytest.raises(CompatibilityError):
-        check(make_plan(config(base, recompute_layers="auto"), device="cpu"), base, rows())
+        check(make_plan(config(base, **said), device="cpu"), base, rows())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"recompute_layers": 0}, {"gradient_checkpointing": False}, {"memory_check": False}, {"packing": False}],
+    ids=str,
+)
+def test_no_layer_computes_again_where_the_config_speaks_of_it_or_nothing_is_known(
+    said: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "packing" in said:
+        said = {**said, "pack_length": None}
+    given = {key: value for key, value in {**config(base).training.given(), **said}.items() if value is not None}
+    planned = make_plan(config(base).replace(training=given), device="cpu")
+    free(int(forecast(planned).peak / 1.1), monkeypatch)  # within the forecast's error
+    assert check(planned, base, rows()) is planned
 
 
 @pytest.mark.parametrize(
@@ -190,3 +217,40 @@ def test_nothing_is_loaded_and_nothing_is_left_behind(
     assert not (tmp_path / "out").exists()
     with pytest.raises(Loaded):
         Trainer(config(base)).train(train, output_dir=tmp_path / "out", memory_check=False)
+
+
+def test_what_became_of_the_plan_is_written_and_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hyperion import Trainer
+    from hyperion.data import DatasetProcessor
+
+    train, _ = DatasetProcessor([{"prompt": f"{n} and", "completion": " on" * 100} for n in range(8)]).prepare()
+    seen = []
+
+    def watched(*args: Any) -> RowLengths:
+        seen.append(row_lengths(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(refusal, "row_lengths", watched)
+    done = Trainer(config(base)).train(train, output_dir=tmp_path / "whole")
+    planned = make_plan(config(base), device="cpu")
+    made = Forecaster(planned.asked, planned.source, planned.facts, "cpu", lengths=seen[0])
+    peak = made.candidate(planned.config.training.given()).peak
+    assert "recompute_layers" not in json.loads((done.folder / "plan.json").read_text())["settings"]
+    counted = []
+
+    def layers(self: Any, count: int | None) -> None:
+        counted.append(count)
+        self.count = count
+
+    from hyperion.acceleration.recomputing import RecomputedLayers
+
+    monkeypatch.setattr(RecomputedLayers, "__init__", layers)
+    monkeypatch.setattr(refusal, "free_memory", lambda device: int(0.95 * peak / refusal.SHARE))
+    again = Trainer(config(base)).train(train, output_dir=tmp_path / "again")
+    plan = json.loads((again.folder / "plan.json").read_text())
+    (count,) = counted
+    assert count and plan["settings"]["recompute_layers"] == f"auto: {count} of {LAYERS}"
+    same = "adapter_model.safetensors"
+    assert (again.folder / same).read_bytes() == (done.folder / same).read_bytes()

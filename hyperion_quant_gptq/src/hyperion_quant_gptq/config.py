@@ -40,6 +40,12 @@ class GptqConfig(QuantizationConfig):
         " checkpoint. None leaves them as they are.",
     )
 
+    distill_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Optimizer steps in which the scales of all groups learn, after rounding, to predict what the"
+        " unquantized model does; it is held in memory beside. Each takes 4 rows of the calibration data.",
+    )
+
     understood = frozenset({"group_size"})
 
     @classmethod

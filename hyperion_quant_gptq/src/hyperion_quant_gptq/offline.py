@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .calibrated import quantize, rounded_head, sequences
 from .config import GptqConfig
+from .distillation import distill
 from .grouping import layouts
 from .packed_embedding import pack_embeddings, refuse_unpackable
 from .packed_linear import facts_of, packed_modules
@@ -57,6 +59,8 @@ def quantize_folder(
             pack_embeddings(
                 model, config.embedding_bits, rounded_head(model, config.embedding_bits, config, tokens, ctx)
             )
+        if config.distill_steps:
+            distill(model, partial(_teacher, source, ctx), config.distill_steps, tokens, ctx)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in types:
                 tensor.data = tensor.data.to(types[name])
@@ -64,6 +68,11 @@ def quantize_folder(
         left = [fact.name for fact in facts.linear() if fact.name not in packed]
         model.config.quantization_config = written(config, packed, left, 1, config.embedding_bits)
         model.save_pretrained(folder)
+
+
+def _teacher(source: Path, ctx: RunContext) -> Any:
+    model = _loaded(source, ctx)
+    return model.float() if ctx.device == "cpu" else model
 
 
 @contextmanager

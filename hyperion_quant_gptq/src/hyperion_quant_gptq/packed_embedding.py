@@ -50,6 +50,15 @@ class PackedTable(nn.Module):
         self._kernel = None
         return self
 
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Numbers, int8 (rows, width), 0 where the weight is 0, and scales, float16 (rows, groups)."""
+        middle = 2 ** (self.bits - 1)
+        return (_numbers(self.packed, self.bits).short() - middle).to(torch.int8), self.scale.view(torch.float16)
+
+    def take_scales(self, scale: Tensor) -> None:
+        """Others in their place: float16 (rows, groups)."""
+        self.scale, self._kernel = scale.contiguous().view(torch.int16), None
+
     def rows(self, ids: Tensor | None = None) -> Tensor:
         """Float32 (..., width) of these rows, int64 (...); by default all."""
         packed, scale = (each if ids is None else each[ids] for each in (self.packed, self.scale))

@@ -65,6 +65,20 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         self._centred = self._ordered and bool((zeros == 2 ** (self.bits - 1)).all())
         self._kernel = None
 
+    def grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Numbers less their zero points, int8 or int16 (out, in); scales, float16 (out, groups); and, where the
+        columns of the first two do not stand for the inputs as they come, for which each does, int64 (in,)."""
+        zeros = unpack_zeros(self.qzeros, self.bits, self.version).short()
+        numbers = unpack(self.qweight, self.bits).short() - zeros[self.g_idx.long()]
+        order = None if self._ordered else self.g_idx.argsort(stable=True)
+        numbers = numbers.T if order is None else numbers.T[:, order]
+        small = torch.int8 if self.bits < 8 else torch.int16
+        return numbers.to(small).contiguous(), self.scales.T.contiguous(), order
+
+    def take_scales(self, scale: Tensor) -> None:
+        """Others in their place: float16 (out, groups)."""
+        self.scales, self._kernel = scale.T.contiguous(), None
+
     @property
     def weight(self) -> Tensor:
         """What forward uses, float32 (out, in); made anew each time."""

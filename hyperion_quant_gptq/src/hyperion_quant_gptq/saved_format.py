@@ -54,6 +54,8 @@ def read(saved: Mapping[str, Any], model: ModelFacts) -> Saved:
             options["damp_percent"] = saved["damp_percent"]
         mse = (saved.get("meta") or {}).get("mse")  # gptqmodel writes none where it searched no scale
         options["mse"] = float(mse) if isinstance(mse, (int, float)) and mse >= 0 else 0.0
+        steps = (saved.get("meta") or {}).get("distill_steps")
+        options["distill_steps"] = steps if isinstance(steps, int) and steps >= 0 else 0
         if saved.get("embedding_bits") is not None:
             options["embedding_bits"] = saved["embedding_bits"]
         GptqConfig.model_validate(options)
@@ -116,7 +118,11 @@ def written(
         "format": named,
         "checkpoint_format": named,
         # Readers take zero points of sym: false in version 1 from those alone whose arithmetic they know.
-        "meta": {"quantizer": [f"gptqmodel:{_version()}"], "mse": config.mse},
+        "meta": {
+            "quantizer": [f"gptqmodel:{_version()}"],
+            "mse": config.mse,
+            "distill_steps": config.distill_steps,
+        },
     }
     dynamic: dict[str, dict[str, int]] = {
         f"+:^{re.escape(name)}$": {"bits": pair[0], "group_size": pair[1]}

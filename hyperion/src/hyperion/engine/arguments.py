@@ -12,7 +12,9 @@ from hyperion_core.errors import TrainingError
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
+from ..refused_arguments import MUON
 from .early_stopping import evaluation_key
+from .muon import Muon
 from .random_state import untouched_generators
 from .sampler import EpochSampler
 
@@ -34,6 +36,12 @@ _OWN_GROUPS = ("lomo", "galore", "apollo")
 _REFUSALS = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
 
+class Arguments(TrainingArguments):
+    """With an optimizer that transformers does not know."""
+
+    muon = False
+
+
 def training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
     """transformers' arguments, for one device, with what the engine decides itself.
 
@@ -48,7 +56,9 @@ def training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
     for old, new in _RENAMED.items():
         if old in wanted:
             wanted[new] = wanted.pop(old)
-    args = TrainingArguments(**wanted)
+    muon = wanted.get("optim") == MUON
+    args = Arguments(**{key: value for key, value in wanted.items() if not (muon and key == "optim")})
+    args.muon = muon
     if args.fp16 and args.device.type != "cuda":
         raise TrainingError(
             f"training.fp16 does not work on {args.device}",
@@ -72,6 +82,8 @@ def optimizer_class(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer
     Raises:
         TrainingError: it wants parameter groups of its own.
     """
+    if isinstance(args, Arguments) and args.muon:
+        return Muon, {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     own_groups = any(name in args.optim for name in _OWN_GROUPS)
     found, options = (None, {}) if own_groups else Trainer.get_optimizer_cls_and_kwargs(args, None)
     if not isinstance(found, type):

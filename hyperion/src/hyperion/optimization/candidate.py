@@ -14,9 +14,10 @@ from ..config import FinetuneConfig
 from ..memory import adapter_cost, forecast, pads, planned_step, with_new_rows
 from ..models.hardware import choose_dtype
 from ..models.source import BaseModelSource
-from ..planning import check_adapter, effective_max_length, settle
+from ..planning import effective_max_length
 from ..planning_hooks import PlanningHooks
 from ..quantization.planning import planned_bits, quantized_cost
+from ..settling import check_adapter, settle
 from ..training_checks import device_problems, layer_problems, length_problems
 from ..training_config import TrainingConfig
 from .memory_model import Held, Step

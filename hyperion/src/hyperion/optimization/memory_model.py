@@ -30,11 +30,13 @@ ALLOCATOR = {"sixteen bits": 43.11, "activations": 0.55, "logits": 1.39, "unpack
 _BLOCK = 128
 _KEPT_DOCUMENT = 512
 _GATED = ("gate_proj", "up_proj", "down_proj")
+#: The linear modules of a layer that is counted tensor by tensor.
+COUNTED = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", *_GATED})
 _HEAD_WIDTH = 64  # the field's usual one, where the config does not say
 
 # Numbers that an optimizer keeps for each one it trains, by what transformers' name of it begins with; AdamW's two
 # where it is none of these.
-_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
+_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3, "muon": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ def _layer_bytes(
     facts: ModelFacts, layer: Mapping[str, ModuleFact], targets: frozenset[str], step: Step, *, first: bool
 ) -> int:
     size, tokens, wide = BYTES[step.dtype], step.tokens, facts.hidden_size
-    if not step.fused or not {"q_proj", "k_proj", "v_proj", "o_proj", *_GATED} <= layer.keys():
+    if not step.fused or not layer.keys() >= COUNTED:
         # torch's own modules: an input and an output of each linear module, and the norms' float32 copies
         kept = sum(sum(module.shape) for module in layer.values()) + (4 * 4 // size + 2) * wide
         return tokens * kept * size + _probabilities(facts, layer, step)

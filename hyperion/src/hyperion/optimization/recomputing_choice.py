@@ -1,4 +1,5 @@
-"""`recompute_layers: auto`: as few layers compute their activations again as the memory asks for. Imports no torch."""
+"""`recompute_layers: auto`, which is the default where the forecast is known to be good: as few layers compute their
+activations again as the memory asks for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .memory_model import PROCESS
 
 _SWITCHES = ("recompute_layers", "gradient_checkpointing", "activation_checkpointing")
 _OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-_SHARE = 0.9  # of the free memory: other processes want some, too
+SHARE = 0.9  # of the free memory: other processes want some, too
 
 
 def with_recomputing(
@@ -34,9 +35,20 @@ def with_recomputing(
         return chosen, "auto: all layers, for nothing is known of " + ("the free memory" if layers else "the base yet")
     if "torch" not in sys.modules:  # what the libraries will take is not taken yet
         free -= PROCESS[device]
-    room = int(free * _SHARE)
+    room = int(free * SHARE)
     count = fewest(layers, lambda tried: sum(memory_of(_with(config, tried)).values()) <= room)
-    return _with(config, count), f"auto: {count} of {layers}"
+    return _with(config, count), choice_line(count, layers)
+
+
+def choice_line(count: int, layers: int) -> str:
+    """The choice as a line of a plan."""
+    return f"auto: {count} of {layers}"
+
+
+def may_choose(training: TrainingConfig) -> bool:
+    """Whether how many layers compute again is left open in what was asked for."""
+    said = training.given()
+    return said.get("recompute_layers") == "auto" or all(said.get(switch) is None for switch in _SWITCHES)
 
 
 def fewest(layers: int, fits: Callable[[int], bool]) -> int:

@@ -1,21 +1,24 @@
-"""Training that cannot fit is refused before the weights load."""
+"""Training that cannot fit is refused before the weights load; where computing again makes it fit, layers do."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 from hyperion_core.errors import CompatibilityError, HyperionError
-from hyperion_core.facts import MiB, ModelFacts
+from hyperion_core.facts import MiB
 
+from ..memory import counted
 from ..models.facts import model_facts
 from ..models.hardware import free_memory
 from ..models.source import resolve_source
 from ..planning import Planned
 from .candidate import Candidate, Forecaster, parts
-from .memory_model import layers_of
+from .recomputing_choice import SHARE, choice_line, fewest, may_choose, recomputing
 from .row_lengths import RowLengths, row_lengths
 from .search import search
 
@@ -28,8 +31,6 @@ _ALWAYS = ("weights", "adapter", "gradients", "optimizer")
 # such a run is refused that would have left less than a thirtieth of the memory free. On a GPU, where nothing was
 # measured, the same tensors are counted, and nothing for the holes between them.
 MARGIN = 0.15
-# The layers whose activations are counted tensor by tensor (memory_model.py).
-_COUNTED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 _ESCAPE = "training.memory_check: false tries it all the same"
 
 
@@ -55,15 +56,21 @@ def refuse_what_cannot_fit(planned: Planned) -> None:
     )
 
 
-def refuse_what_will_not_fit(planned: Planned, base: Path, train: Dataset, log: logging.Logger) -> None:
+def within_memory(planned: Planned, base: Path, train: Dataset, log: logging.Logger) -> Planned:
     """Compare the forecast with the rows that the data really has with the memory that is free.
 
-    Where activations are not counted tensor by tensor, how far the forecast is off is not known: then nothing is
-    refused, and `log` warns. Where nothing is known of the model, or of the free memory, there is nothing to say.
+    Where that is not enough, as few layers as it asks for compute their activations again (Chen et al. 2016,
+    arXiv:1604.06174), which is the same to the bit; unless the config says how many, or that its memory is not looked
+    at. Where activations are not counted tensor by tensor, how far the forecast is off is not known: then nothing is
+    changed and nothing refused, and `log` warns. Where nothing is known of the model, or of the free memory, there is
+    nothing to say.
 
     Args:
         base: its folder; that of a hub model may not have been there when the run was planned.
         train: tokenized rows.
+
+    Returns:
+        The plan, with the layers that compute again.
 
     Raises:
         CompatibilityError: the run takes more than that, by `MARGIN`; names the parts, and the settings nearest to it
@@ -73,24 +80,35 @@ def refuse_what_will_not_fit(planned: Planned, base: Path, train: Dataset, log: 
     source = resolve_source(str(base))
     free, facts = free_memory(device) if training.memory_check else None, model_facts(source)
     if free is None or not facts.known:
-        return
+        return planned
     lengths = row_lengths(train, training)
-    run = Forecaster(planned.asked, source, facts, device, lengths=lengths).candidate(training.given())
+    forecaster = Forecaster(planned.asked, source, facts, device, lengths=lengths)
+    run = forecaster.candidate(training.given())
+    known = counted(training, facts)
+    if known and may_choose(planned.asked.training):
+        tried = cache(lambda count: forecaster.candidate(recomputing(training, count)))
+        count = fewest(facts.layers, lambda count: tried(count).peak <= free * SHARE)
+        count = count if tried(count).peak < tried(0).peak else 0
+        if count != run.step.checkpointed:
+            run, line = tried(count), choice_line(count, facts.layers)
+            planned = _with_layers(planned, run, line)
+            log.info("training.recompute_layers: %s, for %s MiB are free", line, f"{free / MiB:,.0f}")
     if run.peak <= free * (1 + MARGIN):
-        return
+        return planned
     what = f"the run is forecast to take {run.peak / MiB:,.0f} MiB on {device}, and {free / MiB:,.0f} MiB are free"
-    if not _counted(run, facts):
+    if not known:
         log.warning("%s; how far that forecast is off was not measured for such a run, so it goes on", what)
-        return
+        return planned
     why = f"in MiB: {parts(run.memory)}; the longest row has {lengths.longest} tokens"
     raise CompatibilityError(what, why=why, fix=_nearest(planned, free, lengths))
 
 
-def _counted(run: Candidate, facts: ModelFacts) -> bool:
-    """Whether the forecast is of those whose error is known: of rows in packs, in fused layers, all in memory."""
-    counted = sum(layer.keys() >= _COUNTED for layer in layers_of(facts))
-    streamed = run.config.training.stream_weights
-    return counted == facts.layers > 0 and run.step.fused and not run.step.offloaded and not streamed
+def _with_layers(planned: Planned, run: Candidate, line: str) -> Planned:
+    """The plan of the same run, with the layers of `run` computed again."""
+    config = planned.config.replace(training=run.config.training.given())
+    settings = {**planned.plan.settings, "recompute_layers": line}
+    plan = replace(planned.plan, config=config.as_data(), settings=settings, memory=run.memory)
+    return replace(planned, config=config, plan=plan)
 
 
 def _nearest(planned: Planned, free: int, lengths: RowLengths | None) -> str:
