@@ -26,11 +26,11 @@ Curve = Sequence[Sequence[float]]
 Runner = Callable[[dict[str, Any], Task], dict[str, Any]]
 
 #: Lengths as parts of the baseline's, and how many candidates are tried at each.
-RUNGS: tuple[tuple[float, int | None], ...] = ((0.4, None), (0.6, 3))
+RUNGS: tuple[tuple[float, int | None], ...] = ((0.6, None), (0.8, 2))
 FINALISTS = 2
 #: Parts of the hours after which a stage begins no further run.
-UNTIL = {"baseline": 0.8, "neighbours": 0.85, "seeds": 0.95, "timed": 1.1}
-_UNTIL_RUNG = (0.6, 0.77)
+UNTIL = {"baseline": 0.8, "neighbours": 0.75, "seeds": 0.95, "timed": 1.3}
+_UNTIL_RUNG = (0.78, 0.79)
 
 
 class OutOfTime(Exception):
@@ -271,7 +271,7 @@ class Search:
 
     def _hyperion(self, task: str, candidate: Candidate, length: float, seed: int, until: float
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
-        evaluations = 2 if length < 0.5 else 4
+        evaluations = 4 if length == 1 else 3
         every = max(1, round(length * self.steps / evaluations))
         steps = every * round(length * self.steps / every)  # the last one is evaluated
         setting = {

@@ -22,17 +22,17 @@ from hyperion.optimization.memory_model import optimizer_bytes
         "paged_adamw_32bit",
         "lion_8bit",
         "ademamix",
+        "muon",
     ],
 )
 def test_the_optimizer_keeps_what_is_forecast(name: str) -> None:
     torch = pytest.importorskip("torch")
     if "8bit" in name or name.startswith(("paged", "lion", "ademamix")):
         pytest.importorskip("bitsandbytes")
-    from transformers import Trainer, TrainingArguments
+    from hyperion.engine.arguments import optimizer_class, training_arguments
 
     weight = torch.nn.Parameter(torch.randn(256, 512))
-    arguments = TrainingArguments(output_dir="unused", optim=name, use_cpu=True)
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    kind, options = optimizer_class(training_arguments({"output_dir": "unused", "optim": name, "use_cpu": True}))
     optimizer = kind([weight], **options)
     weight.grad = torch.randn_like(weight)
     optimizer.step()

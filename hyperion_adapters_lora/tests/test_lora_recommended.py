@@ -20,8 +20,6 @@ TABLE = {
     "r": 4,
     "lora_alpha": 8,
     "target_modules": "all-linear",
-    "init_lora_weights": "lora_ga",
-    "init_rows": 8,
     "loraplus_lr_ratio": 4.0,
 }
 
@@ -30,7 +28,7 @@ TABLE = {
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests hold whatever the benchmark's winner is."""
     monkeypatch.setattr(recommended, "OPTIONS", TABLE)
-    monkeypatch.setattr(recommended, "TRAINING", {"learning_rate": 7e-4, "warmup_ratio": 0.05})
+    monkeypatch.setattr(recommended, "TRAINING", {"learning_rate": 7e-4, "optim": "muon", "warmup_ratio": 0.05})
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def test_what_is_left_out_is_filled_and_shown(base: Path) -> None:
     assert found.config.adapter.given() == {"type": "lora", **TABLE}
     assert (found.config.training.learning_rate, found.config.training.warmup_ratio) == (7e-4, 0.05)
     shown = dict(found.plan.rows())["quality"]
-    assert "init_lora_weights: lora_ga" in shown and "learning_rate: 0.0007" in shown
+    assert "loraplus_lr_ratio: 4" in shown and "learning_rate: 0.0007" in shown and "optim: muon" in shown
     assert recommended.BASIS in shown
     assert found.plan.config["adapter"]["r"] == 4  # a run can be made again from its plan, whatever the table says then
     again = FinetuneConfig.parse(found.plan.config)
@@ -58,28 +56,26 @@ def test_what_is_left_out_is_filled_and_shown(base: Path) -> None:
 
 
 def test_what_is_said_stands(base: Path) -> None:
-    said = {"type": "lora", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": True, "loraplus_lr_ratio": None}
-    found = planned(base, said, learning_rate=1e-4, warmup_steps=1)
+    said = {"type": "lora", "r": 2, "target_modules": ["q_proj"], "loraplus_lr_ratio": None}
+    found = planned(base, said, learning_rate=1e-4, warmup_steps=1, optim="muon")
     assert found.config.adapter.given() == {
         **said,
         "lora_alpha": 4,
     }  # the table's scaling at this rank
-    assert found.config.training.given() == {"learning_rate": 1e-4, "warmup_steps": 1}
+    assert found.config.training.given() == {"learning_rate": 1e-4, "warmup_steps": 1, "optim": "muon"}
     assert "sets lora_alpha: 4 (" in found.plan.settings["quality"]
-    everything = planned(base, {"type": "lora", **TABLE}, learning_rate=1e-4, warmup_ratio=0.0)
+    everything = planned(base, {"type": "lora", **TABLE}, learning_rate=1e-4, warmup_ratio=0.0, optim="muon")
     assert "all that it would set is given" in everything.plan.settings["quality"]
-    other_optimizer = planned(base, "lora", optim="sgd")
-    assert other_optimizer.config.training.given() == {"optim": "sgd"}
+    for other in ("sgd", "adamw_torch"):  # its rates are not Muon's
+        assert planned(base, "lora", optim=other).config.training.given() == {"optim": other}
 
 
 @pytest.mark.parametrize(
     "said, left_out",
     [
-        ({"lora_bias": True}, {"init_lora_weights", "init_rows"}),
-        ({"init_lora_weights": "pissa"}, {"init_rows"}),
         ({"layers_to_transform": [0]}, {"target_modules"}),
         ({"rank_pattern": {"q_proj": 2}}, {"r", "lora_alpha"}),
-        ({"r": 24}, {"init_lora_weights", "init_rows"}),  # lora_ga takes 48 directions, and no module has more than 32
+        ({"init_lora_weights": "pissa"}, set()),
     ],
 )
 def test_it_fits_what_is_said(said: dict[str, Any], left_out: set[str], base: Path) -> None:
@@ -97,27 +93,10 @@ def test_a_rank_and_a_rule_keep_the_scaling(base: Path) -> None:
     assert planned(base, {"type": "lora", "use_rslora": True}).config.adapter.lora_alpha == 4
 
 
-@pytest.mark.parametrize(
-    "said, start",
-    [
-        ({}, "pissa_niter_16"),
-        ({"target_modules": ["k_proj", "up_proj"]}, "pissa"),  # long, and no larger on their shorter side
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"init_lora_weights": "olora"}, "olora"),
-    ],
-)
-def test_large_weights_are_decomposed_approximately(
-    said: dict[str, Any], start: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recommended, "OPTIONS", {**TABLE, "init_lora_weights": "pissa", "init_rows": None})
-    shapes = {"q_proj": (2049, 2049), "k_proj": (512, 9000), "up_proj": (9000, 2048)}
-    modules = tuple(ModuleFact(f"model.layers.0.{name}", "linear", shape) for name, shape in shapes.items())
-    model = ModelFacts("x", "llama", (ModuleFact("model.embed_tokens", "embedding", (5000, 5000)), *modules))
-    config = LoraConfig(**said)
-    found = LoraAdapter().adapter_recommend(config, model, None)
-    filled = LoraConfig.parse({**config.given(), **found.options})
-    assert filled.init_lora_weights == start
-    assert not LoraAdapter().adapter_check(filled, model, None)
+@pytest.mark.parametrize(("width", "rate"), [(32, 7e-4), (576, 7e-4), (2304, 3.5e-4), (4096, 2.6e-4)])
+def test_wider_models_learn_at_a_lower_rate(width: int, rate: float) -> None:
+    model = ModelFacts("x", "llama", (ModuleFact("lm_head", "linear", (10, width)),), hidden_size=width)
+    assert LoraAdapter().adapter_recommend(LoraConfig(), model, None).training["learning_rate"] == rate
 
 
 def test_the_table_itself_is_in_order(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hyperion_core.errors import ConfigError
 from torch import Tensor, nn
 
+from hyperion import FinetuneConfig
+from hyperion.engine.arguments import optimizer_class, training_arguments
 from hyperion.engine.muon import Muon, orthogonalized
 
 RATE = 1e-2
@@ -46,8 +50,8 @@ def test_matrices_move_as_in_torchs_own(seed: int) -> None:
     shapes = [(16, 64), (16, 64), (64, 16), (8, 8)]
     ours, theirs = parameters(*shapes), parameters(*shapes)
     start = [parameter.detach().clone() for parameter in ours]
-    found = stepped(Muon(ours, lr=RATE, weight_decay=0.1), ours, seed)
-    torch_own = torch.optim.Muon(theirs, lr=RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    found = stepped(Muon(ours, lr=RATE, weight_decay=0.1, betas=(0.8, 0.9)), ours, seed)
+    torch_own = torch.optim.Muon(theirs, lr=RATE, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw")
     wanted = stepped(torch_own, theirs, seed)
     for one, two, before in zip(found, wanted, start, strict=True):
         assert (one - two).norm() < 0.02 * (two - before).norm()
@@ -97,3 +101,27 @@ def test_without_a_gradient_nothing_moves() -> None:
     matrix.grad = torch.zeros_like(matrix)
     Muon([matrix]).step()
     assert torch.equal(matrix, before) and math.isfinite(matrix.sum().item())
+
+
+def test_a_run_learns_by_it_and_goes_on_to_the_bit(tiny: Any, tmp_path: Path) -> None:
+    def run() -> Any:
+        config = tiny.LowRankConfig(rank=8, dropout=0.1, lr_ratio=2.0)
+        return tiny.Run(tmp_path, config=config, optim="muon", max_steps=8, learning_rate=1e-2)
+
+    whole = run()
+    expected = whole.fit()
+    saved = torch.load(tmp_path / "checkpoint-4/optimizer.pt", weights_only=True)["state"]
+    assert {"momentum"} in [set(state) for state in saved.values()]
+    again = run()
+    result = again.fit(resume=tmp_path / "checkpoint-4")
+    before, after = whole.trained(expected.model), again.trained(result.model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_its_name_is_known_and_its_momentum_is_adam_beta1() -> None:
+    FinetuneConfig(base_model="owner/model", adapter="lora", training={"optim": "muon"})
+    with pytest.raises(ConfigError, match='did you mean "muon"'):
+        FinetuneConfig(base_model="owner/model", adapter="lora", training={"optim": "muom"})
+    args = training_arguments({"output_dir": "unused", "optim": "muon", "use_cpu": True, "adam_beta1": 0.8})
+    kind, options = optimizer_class(args)
+    assert kind is Muon and options["betas"][0] == 0.8

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 _MAPPING = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 _BASE_CHANGING = ("pissa", "olora", "loftq", "lora_ga", "corda")
-_LESS_AND_LESS = ((True, True), (False, True), (False, False))  # with the start, with the rank
 _OURS = ("type", "init_rows", "loraplus_lr_ratio")  # options that PEFT does not know
 
 
@@ -209,13 +208,10 @@ class LoraAdapter(PeftAdapter):
 
     def adapter_recommend(self, config: LoraConfig, model: ModelFacts, quantizer: Provides | None) -> Recommendation:
         """The table of `recommended`, without what this base is too small for."""
-        tried = (recommended.options_for(config, model, start=start, rank=rank) for start, rank in _LESS_AND_LESS)
-        for options in tried:
-            wanted = LoraConfig.parse({**config.given(), **options})
-            if not self.further_problems(wanted, model, quantizer):
-                break
-        modules = self._wrapped(wanted, model) if model.known else ()
-        return Recommendation(recommended.in_time(options, modules), recommended.TRAINING, recommended.BASIS)
+        options = recommended.options_for(config, model)
+        if self.further_problems(LoraConfig.parse({**config.given(), **options}), model, quantizer):
+            options = recommended.options_for(config, model, rank=False)
+        return Recommendation(options, recommended.training_for(model), recommended.BASIS)
 
     # --- the start ---
 

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 # of a matrix between 0.7 and 1.2.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-_MOMENTUM = 0.95
 # Of AdamW's update, as measured by Liu et al. 2025 (Muon is Scalable for LLM Training, arXiv:2502.16982): with it
 # learning rates and weight decay that suit AdamW are of the right size here, too.
 _ROOT_MEAN_SQUARE = 0.2
@@ -24,8 +23,10 @@ _ROOT_MEAN_SQUARE = 0.2
 class Muon(Optimizer):
     """Matrices by momentum (Nesterov's) whose singular values are all made about 1; all else by AdamW.
 
-    Matrices are all parameters of two dimensions, neither of which is 1: LoRA's A and B. `betas` and `eps` are AdamW's,
-    for the others: vectors of magnitudes and scales, biases. Weight decay is decoupled.
+    Matrices are all parameters of two dimensions, neither of which is 1: LoRA's A and B. Their momentum is the first of
+    `betas`; the second, and `eps`, are AdamW's, for all else: vectors of magnitudes and scales, biases. Weight decay is
+    decoupled. Pretraining takes a momentum of 0.95; over the few steps of fine-tuning 0.9, AdamW's, came further
+    (SmolLM2-135M, 38 steps of 4 rows, held-out loss on two tasks: 1.771 and 0.043; with 0.95 1.777 and 0.049).
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class Muon(Optimizer):
                 else:
                     self._adam(parameter, group)
             for parameters in alike.values():
-                self._orthogonal(parameters, group["lr"])
+                self._orthogonal(parameters, group["lr"], group["betas"][0])
         return loss
 
-    def _orthogonal(self, parameters: list[Tensor], rate: float) -> None:
+    def _orthogonal(self, parameters: list[Tensor], rate: float, beta: float) -> None:
         """Of matrices of one shape, (m, n), together."""
         directions = []
         for parameter in parameters:
@@ -67,8 +68,8 @@ class Muon(Optimizer):
             assert gradient is not None
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
-            directions.append(gradient.lerp(momentum, _MOMENTUM))
+            momentum = state["momentum"].lerp_(gradient, 1 - beta)
+            directions.append(gradient.lerp(momentum, beta))
         size = _ROOT_MEAN_SQUARE * math.sqrt(max(parameters[0].shape))
         for parameter, direction in zip(parameters, orthogonalized(torch.stack(directions)), strict=True):
             parameter.add_(direction, alpha=-rate * size)
