@@ -98,8 +98,8 @@ def main() -> None:
             results = Results(file)
             about = results.about
             found = search(results, folder, 0.0 if options.report else options.hours, quick=options.quick)
-            go_on(found, few=options.quick)
             results.about = about if options.report and about else results.about
+            go_on(found, few=options.quick)
             results.write()
             write_report(found)
     except Timeout:

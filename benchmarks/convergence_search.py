@@ -193,7 +193,8 @@ class Search:
         for number in range(rounds):
             for task in self.tasks:
                 shared = {"base": self.base, "data": self.tasks[task].digest, "steps": steps,
-                          "rows_a_step": ROWS_A_STEP, "round": number}  # fmt: skip
+                          "rows_a_step": ROWS_A_STEP, "round": number,
+                          "machine": self.results.about["machine"]}  # fmt: skip
                 for dtype in dict.fromkeys(["float32", choose_dtype("auto", "cpu")]):
                     arm = f"plain {dtype}"
                     setting = {**shared, "kind": "plain", "arm": arm, "dtype": dtype, "adapter": dict(BASELINE)}
@@ -207,12 +208,13 @@ class Search:
                     self._run(f"{arm} on {task}, {steps} steps", setting, self.tasks[task], UNTIL["timed"])
 
     def seconds_a_step(self, task: str, arm: str) -> list[float]:
-        """As `timed` measured them, a figure a round: of a step of the task's mean tokens."""
+        """As `timed` measured them on this machine, a figure a round: of a step of the task's mean tokens."""
         best = self.winner()[0].candidate.adapter if arm == "winner" and self.winner() else None
         found = []
         for run in self.results.runs.values():
             setting, result = run["setting"], run["result"]
             of_it = (setting.get("arm"), setting["data"]) == (arm, self.tasks[task].digest)
+            of_it = of_it and setting["machine"] == self.results.about["machine"]
             if of_it and (best is None or setting["adapter"] == best):
                 a_token = sum(result["seconds"]) / sum(result["tokens"])
                 found.append(a_token * ROWS_A_STEP * self.tasks[task].tokens)
