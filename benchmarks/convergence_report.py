@@ -49,8 +49,8 @@ def _dtypes(search: Search) -> list[str]:
 
 def _seconds(search: Search, task: str, arm: str, steps: float | None) -> float | None:
     """Of so many steps; None where the arm was not timed, or never gets there."""
-    rounds = search.seconds_a_step(task, arm)
-    return statistics.mean(rounds) * steps if rounds and steps is not None else None
+    mean = _mean(search, task, arm)
+    return mean * steps if mean and steps is not None else None
 
 
 def _missing(search: Search) -> Iterator[str]:
@@ -81,7 +81,32 @@ def _result(search: Search) -> Iterator[str]:
     times = [f"{ratios.of(dtype, TIME_AT_MOST)} of plain {dtype}" for dtype in dtypes]
     times.append(f"{ratios.of('here')} of the baseline in Hyperion")
     yield f"Steps: {ratios.of('steps', STEPS_AT_MOST)}. Time: {', '.join(times)}."
+    yield from _shares(search, search.results.runs[next(iter(trials[0].runs.values()))]["result"]["dtype"], dtypes)
     yield from ("", f"![held-out loss]({search.results.file.with_suffix('.png').name})", "")
+
+
+def _shares(search: Search, dtype: str, dtypes: list[str]) -> Iterator[str]:
+    """What of the time is the seconds of a step, and what would have to be the steps."""
+    for against in dtypes:
+        parts = {
+            arm: [_mean(search, task, arm) / plain for task in search.tasks
+                  if (plain := _mean(search, task, f"plain {against}"))]
+            for arm in ("baseline", "winner")
+        }  # fmt: skip
+        if not all(parts.values()):
+            continue
+        baseline, winner = (statistics.mean(of) for of in parts.values())
+        yield (
+            f"Hyperion computes in {dtype} here: a step of the baseline takes {baseline:.2f}× of plain {against}'s "
+            f"seconds, one of the winner {winner:.2f}×. At that, {TIME_AT_MOST:g}× of the time asks for "
+            f"{TIME_AT_MOST / winner:.2f}× of the steps."
+        )
+
+
+def _mean(search: Search, task: str, arm: str) -> float:
+    """Seconds of a step; 0 where it was not timed."""
+    rounds = search.seconds_a_step(task, arm)
+    return statistics.mean(rounds) if rounds else 0.0
 
 
 class Ratios:
@@ -150,8 +175,10 @@ def _candidates(search: Search) -> Iterator[str]:
         return
     tasks = list(search.tasks)
     yield from ("## All that was tried", "")
-    yield "By task: steps to the target as a part of the baseline's, or, in brackets, what part of the baseline's gain "
-    yield "was left to be made at the end."
+    yield (
+        "By task: steps to the target as a part of the baseline's, or, in brackets, what part of the baseline's gain "
+        "was left to be made at the end."
+    )
     head = ["candidate", "length", "seed", *tasks, "seconds, of the baseline's here"]
     yield from ("", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|")
     for trial in sorted(search.trials, key=lambda trial: (trial.seed, trial.rank)):
@@ -232,5 +259,5 @@ def _draw(search: Search, out_png: Path) -> None:
 
 def _by_seconds(search: Search, task: str, arm: str, curve: Curve) -> Curve:
     """A curve over steps as one over seconds; empty where the arm was not timed."""
-    rounds = search.seconds_a_step(task, arm)
-    return [(step * statistics.mean(rounds), loss) for step, loss in curve] if rounds else []
+    mean = _mean(search, task, arm)
+    return [(step * mean, loss) for step, loss in curve] if mean else []

@@ -47,6 +47,7 @@ class Machine:
         return {
             "curve": [(step, 1 + 3 * math.exp(-fall * step / 48) + setting["seed"] / 100) for step in points],
             "seconds": [(step, 2.0 * step) for step in range(1, total + 1)],
+            "dtype": "float32",
             "preparation": 5.0,
         }
 
@@ -84,6 +85,7 @@ def test_the_fastest_wins_and_is_measured_against_the_tuned_baseline(tmp_path: P
     plain, ours = (steps * ROWS_A_STEP * 100 * a_token for steps, a_token in ((96, 0.025), (best, 0.01)))
     assert "| words | 0 | 96 |" in page and f"| {plain:.0f} |" in page and f"| {ours:.0f} |" in page
     assert f"| {ours / plain:.2f} |" in page, "of plain float32"
+    assert "one of the winner 0.40×" in page and "asks for 0.62× of the steps" in page
     assert (tmp_path / "found.png").stat().st_size > 10_000
 
 
