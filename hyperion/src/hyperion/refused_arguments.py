@@ -240,6 +240,9 @@ def _dead_options(data: Mapping[str, Any]) -> list[Problem]:
             for key in _NEED_WORKERS
             if data.get(key)
         ]  # fmt: skip
+    if data.get("optim") == MUON and data.get("optim_args"):
+        why, fix = "muon takes none", "leave it out; its momentum is adam_beta1"
+        found.append(Problem("optim_args", "optim_args does nothing", why, fix))
     if data.get("packing") is False and data.get("pack_length") is not None:
         why, fix = "rows are padded, so there are no packs", "leave one of the two out"
         found.append(Problem("pack_length", "pack_length does nothing", why, fix))

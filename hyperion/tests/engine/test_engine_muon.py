@@ -122,6 +122,8 @@ def test_its_name_is_known_and_its_momentum_is_adam_beta1() -> None:
     FinetuneConfig(base_model="owner/model", adapter="lora", training={"optim": "muon"})
     with pytest.raises(ConfigError, match='did you mean "muon"'):
         FinetuneConfig(base_model="owner/model", adapter="lora", training={"optim": "muom"})
+    with pytest.raises(ConfigError, match="its momentum is adam_beta1"):
+        FinetuneConfig(base_model="owner/model", adapter="lora", training={"optim": "muon", "optim_args": "ns=5"})
     args = training_arguments({"output_dir": "unused", "optim": "muon", "use_cpu": True, "adam_beta1": 0.8})
     kind, options = optimizer_class(args)
     assert kind is Muon and options["betas"][0] == 0.8
