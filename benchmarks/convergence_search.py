@@ -29,8 +29,8 @@ Runner = Callable[[dict[str, Any], Task], dict[str, Any]]
 RUNGS: tuple[tuple[float, int | None], ...] = ((0.6, None), (0.8, 2))
 FINALISTS = 2
 #: Parts of the hours after which a stage begins no further run.
-UNTIL = {"baseline": 0.8, "neighbours": 0.75, "seeds": 0.95, "timed": 1.3}
-_UNTIL_RUNG = (0.78, 0.79)
+UNTIL = {"baseline": 0.8, "neighbours": 0.85, "seeds": 0.95, "timed": 1.3}
+_UNTIL_RUNG = (0.74, 0.8)
 
 
 class OutOfTime(Exception):
@@ -209,13 +209,14 @@ class Search:
 
     def seconds_a_step(self, task: str, arm: str) -> list[float]:
         """As `timed` measured them on this machine, a figure a round: of a step of the task's mean tokens."""
-        best = self.winner()[0].candidate.adapter if arm == "winner" and self.winner() else None
+        wanted = {"arm": arm, "data": self.tasks[task].digest, "machine": self.results.about["machine"]}
+        if arm == "winner" and (best := self.winner()):
+            candidate = best[0].candidate
+            wanted |= {"adapter": dict(candidate.adapter), "training": dict(candidate.training)}
         found = []
         for run in self.results.runs.values():
             setting, result = run["setting"], run["result"]
-            of_it = (setting.get("arm"), setting["data"]) == (arm, self.tasks[task].digest)
-            of_it = of_it and setting["machine"] == self.results.about["machine"]
-            if of_it and (best is None or setting["adapter"] == best):
+            if all(setting.get(key) == value for key, value in wanted.items()):
                 a_token = sum(result["seconds"]) / sum(result["tokens"])
                 found.append(a_token * ROWS_A_STEP * self.tasks[task].tokens)
         return found

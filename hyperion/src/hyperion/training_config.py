@@ -114,7 +114,7 @@ class TrainingConfig(StrictModel):
         None, description="The optimizer, by transformers' name; or muon, which moves an adapter's matrices in all"
         " directions alike, by AdamW's learning rates and with half of its memory.",
     )  # fmt: skip
-    adam_beta1: Fraction | None = Field(None, description="AdamW: decay of the mean of gradients.")
+    adam_beta1: Fraction | None = Field(None, description="AdamW: decay of the mean of gradients. muon: its momentum.")
     adam_beta2: Fraction | None = Field(None, description="AdamW: decay of the mean of their squares.")
     adam_epsilon: PositiveFloat | None = Field(None, description="AdamW: added to the divisor.")
     data_seed: Annotated[NonNegativeInt, Field(lt=2**32)] | None = Field(

@@ -81,9 +81,7 @@ class _Product(torch.autograd.Function):
         return back, ctx.weight.gradient(of_weight), None
 
 
-def distill(
-    model: Any, teacher: Callable[[], Any], steps: int, sequences: Sequence[Tensor], ctx: RunContext
-) -> tuple[float, float]:
+def distill(model: Any, teacher: Callable[[], Any], steps: int, sequences: Sequence[Tensor], ctx: RunContext) -> None:
     """Train the scales of a model's packed modules, and keep them where they are better on sequences held out.
 
     Args:
@@ -91,9 +89,6 @@ def distill(
         teacher: loads the unquantized model, on the same device.
         steps: of the optimizer, each of 4 sequences.
         sequences: token ids, int64 (1, T).
-
-    Returns:
-        The mean divergence KL(teacher, model) on what was held out, in nats a token, before and after.
 
     Raises:
         DataError: there are fewer than two sequences.
@@ -115,12 +110,11 @@ def distill(
     old = [weight.scale.half() for weight in weights]
     _keep(weights, found)
     after = _divergence(model, wanted, held_out)
-    if not after < before:
+    if after < before:
+        ctx.log.info("learning scales: from %.3g to %.3g nats a token from the unquantized model", before, after)
+    else:
         _keep(weights, old)
         ctx.log.warning("learning scales made nothing better (%.3g to %.3g nats a token): dropped", before, after)
-        return before, before
-    ctx.log.info("learning scales: from %.3g to %.3g nats a token from the unquantized model", before, after)
-    return before, after
 
 
 def _train(
