@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = options.folder or cache_dir() / "benchmark-inference-latency"
     folder.mkdir(parents=True, exist_ok=True)
-    bench = TunedBench(folder, rows=64, max_length=256, held_out=options.held_out)
+    bench = TunedBench(folder, rows=128, max_length=256, held_out=options.held_out)
     if options.measure:
         with quiet_libraries():
             (name,) = options.only

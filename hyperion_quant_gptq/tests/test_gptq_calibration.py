@@ -101,7 +101,7 @@ def test_a_scale_is_searched_for_the_least_error() -> None:
 
 
 def test_a_layer_without_a_negative_weight_keeps_its_upper_half(tmp_path: Path) -> None:
-    """A row is one group here: nothing has moved an error to it when its scale is chosen."""
+    """On a grid that is not mirrored it would end at 3/7."""
     whole, name = (
         AutoModelForCausalLM.from_pretrained(numbers.save_base(tmp_path / "base")),
         "layers.0.self_attn.q_proj",
@@ -110,4 +110,4 @@ def test_a_layer_without_a_negative_weight_keeps_its_upper_half(tmp_path: Path) 
     whole.save_pretrained(tmp_path / "positive")
     plan = BitPlan(3, 64)
     made = numbers.loaded(numbers.quantized(tmp_path / "positive", tmp_path / "made", plan), plan)
-    assert torch.equal(made.model.get_submodule(name).scales[0], (2 * weight.amax(1) / 7).half())
+    assert (made.model.get_submodule(name).weight.amax(1) > 0.6 * weight.amax(1)).all()

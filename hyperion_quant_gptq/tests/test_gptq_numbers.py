@@ -112,7 +112,8 @@ def test_it_beats_rounding_to_the_nearest_on_what_it_was_shown(bits: int, tmp_pa
         ours, rtn = ((inputs @ (weight - each).T).norm().item() for each in (model.get_submodule(name).weight, nearest))
         assert ours < 0.6 * rtn, f"{name}: {ours:.3g} and {rtn:.3g}"
         foreseen = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(bits=bits), bits, 32, stats)
-        torch.testing.assert_close(foreseen, model.get_submodule(name).weight)
+        # a scale between two numbers of float16 falls to either, by the order in which the moments were summed
+        torch.testing.assert_close(foreseen, model.get_submodule(name).weight, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -139,10 +140,15 @@ def test_the_grid_is_gptqmodels(bits: int, sym: bool) -> None:
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("shown", [False, True], ids=["to the nearest", "by inputs"])
 def test_a_group_without_a_negative_weight_is_rounded_as_well_as_any(shown: bool, desc_act: bool) -> None:
-    weight = torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.rand(256, 64, generator=draw)
     stats = {"second_moment": torch.eye(64)} if shown else None  # no input says anything of another
-    back = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(desc_act=desc_act), 4, 32, stats)
-    assert (back - weight).abs().max() <= weight.max() / 14
+
+    def lost(weight: Tensor) -> float:
+        back = GptqQuantizer().quantizer_fake_quantize(weight, GptqConfig(desc_act=desc_act), 4, 32, stats)
+        return (back - weight).square().mean().item()
+
+    assert lost(weight) < 1.1 * lost(weight * torch.randn(weight.shape, generator=draw).sign())
 
 
 @pytest.mark.parametrize("version", [1, 2])

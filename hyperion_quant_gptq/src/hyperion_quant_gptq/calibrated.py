@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from .gptqmodel_import import gptq_classes
 from .grouping import Layout, default_group_size
 from .packed_linear import PackedLinear, is_conv1d, linear_shape
 from .rounding import Rounded, restored, rounded
+from .scale_search import search_scales
 
 _VERSION = 1  # of the format: the one that every reader knows
 
@@ -218,20 +218,8 @@ def _task(module: nn.Module, layout: Layout, config: GptqConfig, classes: tuple[
             offload_to_disk=False,
         ),
     )
-    if config.sym:  # bound, and no subclass: gptqmodel's kernel for CUDA works with the very class `Quantizer` alone
-        task.quantizer.find_params = MethodType(_find_mirrored_params, task.quantizer)
+    search_scales(task, layout.group_size)
     return task
-
-
-def _find_mirrored_params(quantizer: Any, x: Tensor, weight: bool = False) -> None:
-    """`Quantizer.find_params` of the columns of a group, (out, size), for `sym`.
-
-    It does not mirror the range of a row without a negative weight, and would lose the upper half of it.
-    """
-    type(quantizer).find_params(quantizer, x, weight)
-    low, high = x.aminmax(dim=1)
-    one_sided = ((low >= 0) & (high > 0)).view_as(quantizer.scale)
-    quantizer.scale = torch.where(one_sided, 2 * quantizer.scale, quantizer.scale)
 
 
 def _take(name: str, task: Any, inputs: Tensor) -> None:
@@ -243,7 +231,7 @@ def _take(name: str, task: Any, inputs: Tensor) -> None:
 def _found(name: str, task: Any, transposed: bool, layout: Layout) -> Rounded:
     task.quantizer.configure(perchannel=True)
     try:
-        weight, scale, zero, g_idx, *_ = task.quantize()
+        weight, scale, zero, g_idx, *_ = task.quantize(blocksize=_block(task, layout.group_size))
     except (HyperionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a library's: a Hessian that cannot be inverted, numbers that are not finite
@@ -259,6 +247,12 @@ def _found(name: str, task: Any, transposed: bool, layout: Layout) -> Rounded:
         zero.T.contiguous().to(torch.uint8),
         g_idx.to(torch.int32),
     )
+
+
+def _block(task: Any, group_size: int) -> int:
+    """Columns that are rounded before their errors reach those behind them. One group, so that its scale is found after
+    the errors of all before it have come; on a GPU as many as gptqmodel's kernel takes."""
+    return 128 if task.module.weight.device.type == "cuda" else min(group_size, 128)
 
 
 def _cannot(name: str, why: str) -> ModelError:
