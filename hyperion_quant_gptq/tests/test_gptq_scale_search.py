@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hyperion_quant_gptq import scale_search
-from hyperion_quant_gptq.scale_search import grid
 from torch import Tensor
 
-from hyperion_quant_gptq import GptqConfig, GptqQuantizer
+from hyperion_quant_gptq import GptqConfig, GptqQuantizer, scale_search
+from hyperion_quant_gptq.scale_search import grid
 
 
 def errors(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
