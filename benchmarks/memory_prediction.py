@@ -33,9 +33,9 @@ from memory_prediction_runs import SHAPES
 from hyperion.config import FinetuneConfig
 from hyperion.memory import held_before
 from hyperion.optimization.memory_model import ALLOCATOR, Held, Step, beyond_tensors, peak_memory
-from hyperion.planning import choose_plugins
 from hyperion.planning_hooks import PlanningHooks
 from hyperion.quantization.planning import PlannedBits, quantized_cost, uniform_bits
+from hyperion.settling import choose_plugins
 
 RESULTS = Path(__file__).parent / "results"
 RAW = RESULTS / "memory-prediction.json"

@@ -117,7 +117,6 @@ def _a_folder_where_a_file_belongs(place: Place) -> list[str]:
 
 
 def _offline(place: Place) -> list[str]:
-    place.env["HF_HUB_OFFLINE"] = "1"
     config = place.config(dataset={"dataset": "owner/data", "validation_split": 0})
     return ["train", config, "--output_dir", "run"]
 

@@ -183,7 +183,6 @@ def _the_weights_alone(place: Place) -> list[str]:
 
 
 def _offline(place: Place) -> list[str]:
-    place.env["HF_HUB_OFFLINE"] = "1"
     return ["train", place.config(base_model="owner/model"), "--output_dir", "run"]
 
 
