@@ -19,6 +19,7 @@ import datetime
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "torchao", "bitsandb
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", action="append", default=[], help="arms whose name holds this; may be given again")
+    parser.add_argument(
+        "--only", action="append", default=[], help="this arm, or all whose names hold this; may be given again"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of latency; 0 measures disk and quality alone")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--held-out", type=int, default=100, help="chats that quality is measured on")
@@ -54,7 +57,8 @@ def main() -> None:
             found = latency(bench, name) if options.measure == "latency" else bench.quality(bench.load(name))
         print(json.dumps(found))
         return
-    chosen = [name for name in ARMS if not options.only or any(part in name for part in options.only)]
+    wanted = [part if part in ARMS else f"*{part}*" for part in options.only]
+    chosen = [name for name in ARMS if not wanted or any(fnmatchcase(name, one) for one in wanted)]
     settings = {"threads": options.threads, "held_out": options.held_out}
     results = _Results(options.results, settings, fresh=options.fresh)
     failed: dict[str, str] = {}

@@ -28,11 +28,11 @@ from typing import Any
 
 from hyperion_core.facts import ModelFacts, ModuleFact, Workload
 from memory_prediction_runs import METHODS as HELD
-from memory_prediction_runs import SHAPES
+from memory_prediction_runs import MOVED, SHAPES, training_of
 
 from hyperion.config import FinetuneConfig
-from hyperion.memory import held_before
-from hyperion.optimization.memory_model import ALLOCATOR, Held, Step, beyond_tensors, peak_memory
+from hyperion.memory import held_before, planned_step
+from hyperion.optimization.memory_model import ALLOCATOR, BYTES, Held, Step, beyond_tensors, peak_memory
 from hyperion.planning_hooks import PlanningHooks
 from hyperion.quantization.planning import PlannedBits, quantized_cost, uniform_bits
 from hyperion.settling import choose_plugins
@@ -48,6 +48,9 @@ METHODS = (("none", "float32"), ("none", "bfloat16"), ("4 bits", "bfloat16"), ("
 MORE = {"50M": (("4 bits", "float32"), ("8 bits", "bfloat16")), "30M": (("8 bits", "bfloat16"),),
         "200M": (("4 bits", "float32"),)}  # fmt: skip
 HELD_OUT = ("30M", "200M")
+# Runs with activations on disk, and with weights in their files: of these nothing was fitted.
+MOVED_SIZES = {"30M": ("float32",), "50M": ("float32", "bfloat16"), "200M": ("float32", "bfloat16"),
+               "300M": ("float32",)}  # fmt: skip
 # Of each run: what malloc hands back, and when, differs by some percent from one process to the next.
 REPEATS = 3
 # Of the runs that constants are fitted to, how far below the measured peak a prediction may lie: the aim less a bit.
@@ -64,6 +67,11 @@ def grid() -> list[dict[str, Any]]:
                 runs.append({"size": size, "method": method, "dtype": dtype, "tokens": tokens, "documents": documents,
                              "checkpointing": checkpointing, "r": 16 if few else 8,
                              "targets": ["q_proj", "v_proj"] if few else "all-linear"})  # fmt: skip
+    for size, dtypes in MOVED_SIZES.items():
+        tokens, documents = LENGTHS[size][1]
+        runs += [{"size": size, "method": "none", "dtype": dtype, "tokens": tokens, "documents": documents,
+                  "checkpointing": moved == "weights streamed", "r": 16, "targets": ["q_proj", "v_proj"],
+                  "moved": moved} for dtype in dtypes for moved in MOVED]  # fmt: skip
     return sorted(runs, key=digest)
 
 
@@ -132,12 +140,16 @@ def facts_of(size: str) -> ModelFacts:
 def planned(run: dict[str, Any]) -> tuple[ModelFacts, Held, Step]:
     """What a plan of the run makes of its config."""
     facts = facts_of(run["size"])
-    data = {"base_model": run["size"], "adapter": {"type": "lora", "r": run["r"], "target_modules": run["targets"]}}
+    length = run["tokens"] // run["documents"]
+    data = {
+        "base_model": run["size"],
+        "adapter": {"type": "lora", "r": run["r"], "target_modules": run["targets"]},
+        "training": training_of(run),
+    }
     if HELD[run["method"]]:
         data["quantization"] = HELD[run["method"]]
     config = FinetuneConfig.parse(data)
     hooks = PlanningHooks(choose_plugins(config)[0])
-    length = run["tokens"] // run["documents"]
     driver = hooks.adapter("lora")
     work = Workload(run["documents"], length, True, run["dtype"])
     cost = driver.adapter_estimate(config=config.adapter, model=facts, work=work)
@@ -145,9 +157,10 @@ def planned(run: dict[str, Any]) -> tuple[ModelFacts, Held, Step]:
     if config.quantization is not None:
         bits = uniform_bits(config.quantization)
         held_as = quantized_cost(config.quantization, hooks, facts, PlannedBits(bits, bits), run["dtype"])
-    step = Step(run["tokens"], length, run["dtype"], None, facts.layers if run["checkpointing"] else 0)
+    step = planned_step(config.training, facts, length, run["dtype"], "cpu")
     targets = driver.adapter_targets(config=config.adapter, model=facts)
-    return facts, held_before(facts, cost, held_as, step, targets), step
+    streams = config.training.stream_weights
+    return facts, held_before(facts, cost, held_as, step, targets, streams=streams), step
 
 
 def predicted(run: dict[str, Any]) -> dict[str, int]:
@@ -163,10 +176,14 @@ def fitted(rows: list[dict[str, Any]]) -> dict[str, float]:
     from scipy.optimize import linprog
 
     shares, missing = [], []
-    for row in rows:
+    for row in (row for row in rows if "moved" not in row["run"]):
         facts, held, step = planned(row["run"])
         peak = row["bytes"]["peak"]
-        if not held_out(row["run"]) and held.weights + held.loading < (1 - MOST_BELOW) * peak:
+        if (
+            not held_out(row["run"])
+            and "moved" not in row["run"]
+            and held.weights + held.loading < (1 - MOST_BELOW) * peak
+        ):
             parts = peak_memory(facts, replace(held, loading=0), step)
             found = beyond_tensors(facts, held, step, parts)
             shares.append([found[name] / peak for name in ALLOCATOR])
@@ -199,7 +216,8 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def page(found: dict[str, Any]) -> str:
-    rows = found["rows"]
+    rows = [row for row in found["rows"] if "moved" not in row["run"]]
+    moved = [row for row in found["rows"] if "moved" in row["run"]]
     errors, unseen = ([row["error"] for row in rows if not only or row["held out"]] for only in (False, True))
     peaks = [row["bytes"]["peak"] for row in rows]
     spreads = [(max(times) - min(times)) / median(times) for times in map(_peaks, rows)]
@@ -207,7 +225,7 @@ def page(found: dict[str, Any]) -> str:
         "# Predicted and measured peak memory", "",
         f"`python benchmarks/memory_prediction.py`, {found['date']}, {found['cores']} CPU cores, {found['machine']}, "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items()) + ".", "",
-        f"{len(rows)} of the {found['of']} runs of the grid were made, each {REPEATS} times, of which the median "
+        f"{len(rows)} runs of the grid were made, each {REPEATS} times, of which the median "
         f"counts; from the lowest to the highest of one run it is {_mean(spreads):.1%} in the mean and "
         f"{max(spreads):.0%} at most. Peaks span {max(peaks) / min(peaks):.0f}×.", "",
         f"Mean absolute error {_mean(errors):.1%}, from {min(errors):+.1%} to {max(errors):+.1%}; of the {len(unseen)} "
@@ -225,7 +243,32 @@ def page(found: dict[str, Any]) -> str:
             f"{'yes' if run['checkpointing'] else 'no'} | {run['r']} | {row['bytes']['peak'] / 1e6:.0f} | "
             f"{sum(row['predicted'].values()) / 1e6:.0f} | {row['error']:+.1%} | {'yes' if row['held out'] else ''} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_moved(moved)]) + "\n"
+
+
+def _moved(rows: list[dict[str, Any]]) -> list[str]:
+    """What is held elsewhere: activations on disk, or weights in their files."""
+    if not rows:
+        return []
+    errors = [row["error"] for row in rows]
+    lines = [
+        "", "## Activations on disk, weights in their files", "",
+        f"{len(rows)} runs, in which the allocator is told to give back what is freed "
+        "(`acceleration/allocator.py`), so that nothing of it is forecast, and nothing was fitted. Mean absolute error "
+        f"{_mean(errors):.1%}, from {min(errors):+.1%} to {max(errors):+.1%}. Streamed runs compute all layers' "
+        "activations again.", "",
+        "| base | | type | tokens (rows) | weights, MB | measured, MB | predicted, MB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in sorted(rows, key=lambda row: (row["run"]["moved"], row["bytes"]["peak"])):
+        run = row["run"]
+        whole = facts_of(run["size"]).parameters * BYTES[run["dtype"]]
+        lines.append(
+            f"| {run['size']} | {run['moved']} | {run['dtype']} | {run['tokens']} ({run['documents']}) | "
+            f"{whole / 1e6:.0f} | {row['bytes']['peak'] / 1e6:.0f} | "
+            f"{sum(row['predicted'].values()) / 1e6:.0f} | {row['error']:+.1%} |"
+        )
+    return lines
 
 
 def _missed(rows: list[dict[str, Any]]) -> list[str]:
@@ -264,7 +307,11 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes = figure.subplots()
     for method, color in zip(HELD, ("tab:blue", "tab:orange", "tab:green"), strict=True):
         for unseen in (False, True):
-            some = [row for row in rows if row["run"]["method"] == method and row["held out"] == unseen]
+            some = [
+                row
+                for row in rows
+                if row["run"]["method"] == method and row["held out"] == unseen and "moved" not in row["run"]
+            ]
             axes.scatter([row["bytes"]["peak"] / 1e6 for row in some],
                          [sum(row["predicted"].values()) / 1e6 for row in some], edgecolors=color,
                          facecolors="none" if unseen else color, label=method + ", held out" * unseen)  # fmt: skip

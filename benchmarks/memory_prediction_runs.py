@@ -40,6 +40,10 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "4 bits": {"method": "bnb", "bits": 4},
     "8 bits": {"method": "torchao", "bits": 8},
 }
+MOVED: dict[str, dict[str, Any]] = {
+    "activations on disk": {"offload_activations": "disk"},
+    "weights streamed": {"stream_weights": True},
+}
 
 
 def resident(field: str) -> int:
@@ -74,6 +78,14 @@ def write_base(folder: Path, size: str, dtype: str) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
+def training_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The config's `training:`."""
+    return {"max_steps": 2, "per_device_train_batch_size": run["documents"],
+            "max_length": run["tokens"] // run["documents"], "pack_length": run["tokens"],
+            "gradient_checkpointing": run["checkpointing"], "logging_steps": 1, "save_strategy": "no", "use_cpu": True,
+            **MOVED.get(run.get("moved", ""), {})}  # fmt: skip
+
+
 def train(base: Path, work: Path, run: dict[str, Any]) -> None:
     """Two optimizer steps of one full pack each, through the public pipeline."""
     from hyperion.config import FinetuneConfig
@@ -89,10 +101,8 @@ def train(base: Path, work: Path, run: dict[str, Any]) -> None:
         "dataset": {"dataset": str(work / "rows.jsonl"), "format": "text"},
         "adapter": {"type": "lora", "r": run["r"], "target_modules": run["targets"]},
         "audit": {"max_duplicates": 1.0},
-        "training": {"max_steps": 2, "per_device_train_batch_size": count, "max_length": tokens,
-                     "pack_length": run["tokens"], "gradient_checkpointing": run["checkpointing"],
-                     "logging_steps": 1, "save_strategy": "no", "use_cpu": True},
-    }  # fmt: skip
+        "training": training_of(run),
+    }
     if METHODS[run["method"]]:
         data["quantization"] = METHODS[run["method"]]
     run_pipeline(FinetuneConfig.parse(data), output_dir=work / "out")

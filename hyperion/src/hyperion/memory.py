@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperion_core.facts import Cost, ModelFacts, Workload
 
@@ -42,14 +42,14 @@ def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype
     if checkpointed is None:
         checkpointed = facts.layers if training.checkpoints_activations() else 0
     away = training.offload_activations is not None
+    where: dict[str, Any] = {"device": device, "offloaded": away, "gives_back": away or training.stream_weights}
     if pads(training):
-        return Step(batch * length, length, dtype, None, checkpointed, fused=False, device=device, offloaded=away)
+        return Step(batch * length, length, dtype, None, checkpointed, fused=False, **where)
     usual = _USUAL_PACK if device == "cpu" else length * batch
     capacity = max(length, training.pack_length or usual)
     tokens = min(capacity, length * batch * training.gradient_accumulation_steps)
     document = min(length, _KEPT_DOCUMENT)
-    fused = training.fused_layers
-    return Step(tokens, document, dtype, None, checkpointed, fused=fused, device=device, offloaded=away, longest=length)
+    return Step(tokens, document, dtype, None, checkpointed, fused=training.fused_layers, longest=length, **where)
 
 
 def with_new_rows(config: FinetuneConfig, facts: ModelFacts, targets: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -73,3 +75,32 @@ def test_views_come_back_with_their_strides():
         copy = offloading._empty(view, pin_memory=False).copy_(view)
         assert torch.equal(copy, view)
     assert offloading._empty(whole.transpose(1, 2), pin_memory=False).stride() == whole.transpose(1, 2).stride()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_what_is_freed_between_other_tensors_goes_back_to_the_system() -> None:
+    """Blocks of 2 MiB that are freed while one behind each stays; by glibc's own bound they would be kept."""
+    code = """
+import sys, torch
+from pathlib import Path
+from hyperion.acceleration.allocator import give_back_large_blocks
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if sys.argv[1] == "given":
+    give_back_large_blocks()
+torch.empty(30 << 20, dtype=torch.uint8).fill_(1)  # freed at once: glibc's bound rises to its size
+before = resident()
+kept, freed = [], []
+for _ in range(40):
+    freed.append(torch.ones(2 << 20, dtype=torch.uint8))
+    kept.append(torch.ones(1 << 12, dtype=torch.uint8))
+freed.clear()
+print((resident() - before) >> 20)
+"""
+    left = [
+        int(subprocess.run([sys.executable, "-c", code, said], capture_output=True, text=True, check=True).stdout)
+        for said in ("given", "left")
+    ]
+    assert left[0] < 10 < 40 < left[1], left

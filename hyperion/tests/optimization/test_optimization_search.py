@@ -276,3 +276,32 @@ def test_what_a_run_refuses_is_refused_with_the_same_reason(small: Path) -> None
     asked = {"base_model": str(small), "adapter": {"type": "lora"}, "training": {"stream_weights": True}}
     with pytest.raises(ConfigError, match="stream_weights does not work on cuda"):
         search(FinetuneConfig.parse(asked), 2**40, "cuda")
+
+
+@pytest.mark.parametrize(("device", "least"), [("cpu", "weights streamed"), ("cuda", "activations in RAM")])
+def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, least: str, small: Path) -> None:
+    """And only then."""
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.candidate import described
+    from hyperion.optimization.search import _ELSEWHERE, candidates, search
+
+    # of many layers: two of them are less than all in 4 bits
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 40, "num_attention_heads": 4}
+    (small / "config.json").write_text(json.dumps({**LLAMA_70B, **shape, "vocab_size": 512}), encoding="utf-8")
+    asked = {"base_model": str(small), "adapter": {"type": "lora"}, "training": {"max_length": 1024}}
+    config = FinetuneConfig.parse(asked)
+    memory = min(each.peak for each in candidates(config, device, 1, 0))
+    plain = search(config, memory, device, process=0).chosen
+    assert not plain.config.training.stream_weights and plain.config.training.offload_activations is None
+    peaks = {}
+    for moved in _ELSEWHERE[device]:
+        other = FinetuneConfig.parse({**asked, "training": {**asked["training"], **moved}})
+        peaks[str(moved)] = min(each.peak for each in candidates(other, device, 1, 0))
+    found = search(config, min(peaks.values()), device, process=0).chosen
+    assert found.peak < memory and least in described(found)
+    lines = found.lines(config)["training"]
+    pasted = FinetuneConfig.parse({**asked, **found.lines(config), "training": {**asked["training"], **lines}})
+    assert pasted.training.stream_weights == found.config.training.stream_weights
+    assert pasted.training.offload_activations == found.config.training.offload_activations
+    with pytest.raises(CompatibilityError, match="however it is set"):
+        search(config, min(peaks.values()) - MiB, device, process=0)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..disk import writing
+from .allocator import give_back_large_blocks
 from .streaming import release
 
 Place = Literal["ram", "disk"]
@@ -43,6 +44,7 @@ def offloaded(model: Module, place: Place, folder: Path) -> Iterator[None]:
     Raises:
         TrainingError: the disk refused, here or in the forward pass.
     """
+    give_back_large_blocks()
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     scratch = folder
     if place == "disk":

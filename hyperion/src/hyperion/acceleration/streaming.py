@@ -26,6 +26,8 @@ from torch.nn import Module
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .allocator import give_back_large_blocks
+
 _PAGE = mmap.PAGESIZE
 _DONT_NEED = 4  # of madvise(2), on Linux and on macOS
 _MAPPED = "hyperion_mapped"  # on a parameter: its address in the mapping, and its version while it is the file's
@@ -75,6 +77,7 @@ def streamed(model: Module) -> Iterator[None]:
     Only for a model of `mapped_model`: parameters that are not mapped, or were changed in place, stay. What is written
     through a parameter's `.data` is not seen as a change: it may be gone after the layer.
     """
+    give_back_large_blocks()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     outside = _Resident(parameter for parameter in model.parameters() if id(parameter) not in inside)

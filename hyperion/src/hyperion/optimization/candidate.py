@@ -25,6 +25,7 @@ from .row_lengths import RowLengths
 from .time_model import step_operations
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_MOVED = ("offload_activations", "stream_weights")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Candidate:
             for name in (*sized, "recompute_layers", "gradient_checkpointing")
             if (said := getattr(training, name, None)) is not None
         }
+        chosen |= {name: said for name in _MOVED if (said := getattr(training, name)) != getattr(asked.training, name)}
         held: dict[str, Any] = {}
         if self.config.quantization:
             held = {"quantization": {**self.config.quantization.given(), "method": self.method}}
@@ -139,7 +141,10 @@ def described(candidate: Candidate) -> str:
     held = f"{candidate.method}, {candidate.bits} bits" if candidate.method else "not quantized"
     rank = f"rank {candidate.rank}, " if candidate.rank else ""
     again = f", {candidate.step.checkpointed} layers computed again" if candidate.step.checkpointed else ""
-    return f"{held}, {rank}{candidate.step.tokens} tokens a pass{again}"
+    said = candidate.config.training
+    away = {"disk": ", activations on disk", "ram": ", activations in RAM"}.get(said.offload_activations or "", "")
+    away += ", weights streamed" if said.stream_weights else ""
+    return f"{held}, {rank}{candidate.step.tokens} tokens a pass{again}{away}"
 
 
 def _widest(plan: BitPlan) -> int:

@@ -51,6 +51,7 @@ class Step:
         checkpointed: layers, from the first, that compute their activations again.
         fused: rows are packed and layers are fused.
         offloaded: activations wait elsewhere for the backward pass, all but those of the layer at hand.
+        gives_back: the allocator gives back what is freed, as it does where activations or weights are elsewhere.
     """
 
     tokens: int
@@ -62,6 +63,7 @@ class Step:
     device: str = "cpu"
     offloaded: bool = False
     longest: int = 0
+    gives_back: bool = False
 
     def documents(self) -> list[int]:
         full, rest = divmod(self.tokens, max(1, self.document))
@@ -108,7 +110,7 @@ def peak_memory(facts: ModelFacts, held: Held, step: Step, optim: str = "") -> d
         "workspace": max(0, behind - logits),
     }
     if step.device == "cpu":
-        parts["allocator"] = allocator_bytes(facts, held, step, parts)
+        parts["allocator"] = 0 if step.gives_back else allocator_bytes(facts, held, step, parts)
         # loading is over when the rest begins; on another device the files are not in its memory
         beyond = held.weights + held.loading - sum(parts.values())
         parts["workspace"] += max(0, beyond)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,15 @@ _WIDTHS = (8, 4)
 _RANKS = (64, 32, 16, 8)
 _PACKS = (4096, 2048, 1024, 512, 256)
 _USUAL_RANK = 16
+#: Keys of `training:` that put elsewhere what the device has no room for, the least trouble first.
+_ELSEWHERE: dict[str, tuple[dict[str, Any], ...]] = {
+    "cpu": (
+        {"offload_activations": "disk"},
+        {"stream_weights": True},
+        {"stream_weights": True, "offload_activations": "disk"},
+    ),
+    "cuda": ({"offload_activations": "ram"},),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,12 @@ def search(
     """
     process = PROCESS[device] if process is None else process
     every = candidates(config, device, memory, process, lengths)
+    for moved in _ELSEWHERE.get(device, ()):
+        if any(each.fits(memory) for each in every):
+            break  # what is moved is waited for in every step
+        with suppress(ConfigError, CompatibilityError):  # not with this run
+            asked = config.replace(training={**config.training.given(), **moved})
+            every += candidates(asked, device, memory, process, lengths)
     fitting = sorted((each for each in every if each.fits(memory)), key=lambda each: _order(each, target, config))
     if not fitting:
         least = min(every, key=lambda each: each.peak)
@@ -70,8 +86,7 @@ def search(
             f"{config.base_model} does not train in {memory / MiB:,.0f} MiB, however it is set",
             why=f"the least of {len(every)} settings takes {(least.peak + least.process) / MiB:,.0f} MiB: "
             f"{described(least)}; {parts(least.memory)}",
-            fix="give it more memory, choose a smaller base model or a shorter max_length, or set "
-            "training.stream_weights (CPU)",
+            fix="give it more memory, or choose a smaller base model or a shorter max_length",
         )
     best: dict[tuple[str, int], Candidate] = {}
     for each in fitting:
