@@ -7,7 +7,7 @@
 SmolLM2-135M-Instruct is tuned with LoRA (r 16 on q and v, 60 steps) on real instructions, merged, and quantized, once.
 Then all arms are measured in turn, round after round, each in a process of its own: milliseconds a token at batch 1,
 64 tokens of prompt and 64 new ones, greedy; and until the first token. Ratios are taken within a round, so that what
-else the machine does hits both. Quality is on held-out answers, against the merged model.
+else the machine does hits both. Quality is on held-out answers, against the merged model; of the weights, in float32.
 
 Nothing else should run meanwhile. Results are in benchmarks/results/inference-latency.json, .md and .png.
 """
@@ -32,9 +32,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "torchao", "bitsandb
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--only", action="append", default=[], help="this arm, or all whose names hold this; may be given again"
-    )
+    parser.add_argument("--only", action="append", default=[], help="an arm, or a part of names; may be repeated")
     parser.add_argument("--rounds", type=int, default=5, help="of latency; 0 measures disk and quality alone")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--held-out", type=int, default=100, help="chats that quality is measured on")
@@ -54,7 +52,7 @@ def main() -> None:
     if options.measure:
         with quiet_libraries():
             (name,) = options.only
-            found = latency(bench, name) if options.measure == "latency" else bench.quality(bench.load(name))
+            found = latency(bench, name) if options.measure == "latency" else bench.quality(bench.load(name, "float32"))
         print(json.dumps(found))
         return
     wanted = [part if part in ARMS else f"*{part}*" for part in options.only]
@@ -68,7 +66,7 @@ def main() -> None:
             try:
                 with quiet_libraries():
                     disk = bench.disk(name)
-                results.add(name, disk=disk, quality=_measured(options, name, "quality"), tokens=bench.answers)
+                results.add(name, disk=disk, quality=_quality(options, name, results), tokens=bench.answers)
             except Exception as error:  # the other arms are measured all the same
                 failed[name] = f"{type(error).__name__}: {error}"
                 print(f"  FAILED: {failed[name]}", flush=True)
@@ -88,6 +86,13 @@ def main() -> None:
     print(f"{options.results.with_suffix('.md')}")
     if failed:
         sys.exit("failed: " + ", ".join(failed))
+
+
+def _quality(options: argparse.Namespace, name: str, results: _Results) -> dict[str, Any]:
+    from inference_latency_arms import ARMS
+
+    same = (results.of(other).get("quality") for other in ARMS if ARMS[other].weights == ARMS[name].weights)
+    return next((found for found in same if found), None) or _measured(options, name, "quality")
 
 
 def _measured(options: argparse.Namespace, name: str, what: str) -> dict[str, Any]:

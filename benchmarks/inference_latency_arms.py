@@ -40,6 +40,11 @@ class Arm:
     compiled: bool = False
     new: int = NEW
 
+    @property
+    def weights(self) -> tuple[bool, str]:
+        """Arms that have the same answer with the same quality."""
+        return self.merged, self.quantization
+
 
 ARMS: Mapping[str, Arm] = {
     "unmerged float32": Arm("base and adapter apart, peft's `PeftModel`", "float32", merged=False),
@@ -133,18 +138,20 @@ class TunedBench(Bench):
             return weight_bytes(self.checkpoint(arm.quantization))
         return weight_bytes(self.base) + (self.run / "adapter_model.safetensors").stat().st_size
 
-    def load(self, name: str) -> Any:
+    def load(self, name: str, dtype: str = "") -> Any:
+        """To compute in `dtype`; in its own where that is left out."""
         import torch
 
         arm = ARMS[name]
+        dtype = dtype or arm.dtype
         if arm.merged:
             from hyperion.models import load_standalone
 
-            return load_standalone(self.checkpoint(arm.quantization), dtype=arm.dtype).model
+            return load_standalone(self.checkpoint(arm.quantization), dtype=dtype).model
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(self.untuned, dtype=getattr(torch, arm.dtype))
+        base = AutoModelForCausalLM.from_pretrained(self.untuned, dtype=getattr(torch, dtype))
         return PeftModel.from_pretrained(base, self.run).eval()
 
     def prompt(self) -> Tensor:
