@@ -29,8 +29,8 @@ def write_report(results: Path) -> None:
         f"SmolLM2-135M-Instruct, tuned with LoRA (r 16 on q and v) on real instructions. Batch 1, {PROMPT} tokens of "
         f"prompt, {NEW} new ones, greedy; {rounds} rounds of all arms in turn, each in a process of its own: medians. "
         "Ratios are taken within a round: their median, least and most in brackets. Disk is the weights' files, MB "
-        "of 10^6 bytes; start-up is from the files to the end of a first answer, compiling included. Quality is that of "
-        "the weights, computed in float32, on "
+        "of 10^6 bytes; start-up is from the files to the end of a first answer, compiling included. Quality is that "
+        "of the weights, computed in float32, on "
         f"{len(next(iter(arms.values()), {'tokens': []})['tokens'])} held-out answers: perplexity, and how much the "
         "loss rises over the merged model's, nats a token, with the standard error over answers; divergence (KL) is "
         "that of the predictions from the merged model's.", "",
