@@ -120,6 +120,7 @@ class _Results:
         if found and found["settings"] != settings:
             sys.exit(f"{file} was measured with {found['settings']}: give --results another name, or --fresh")
         self.arms: dict[str, dict[str, Any]] = found.get("arms", {})
+        self.notes: list[str] = found.get("notes", [])  # by hand: what else was looked at, for the page
 
     def of(self, name: str) -> dict[str, Any]:
         return self.arms.get(name, {})
@@ -135,6 +136,7 @@ class _Results:
             "machine": f"{processor()}, {self.settings['threads']} threads",
             "versions": versions(_LIBRARIES),
             "settings": self.settings,
+            "notes": self.notes,
             "arms": {name: self.arms[name] for name in ARMS if name in self.arms},
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)

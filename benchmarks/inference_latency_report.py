@@ -34,7 +34,8 @@ def write_report(results: Path) -> None:
         f"{len(next(iter(arms.values()), {'tokens': []})['tokens'])} held-out answers: perplexity, and how much the "
         "loss rises over the merged model's, nats a token, with the standard error over answers; divergence (KL) is "
         "that of the predictions from the merged model's.", "",
-        *_table(arms), "", *_verdict(arms), "", f"![latency and disk]({plot})",
+        *_table(arms), "", *_verdict(arms), "",
+        *(line for note in content["notes"] for line in (note, "")), f"![latency and disk]({plot})",
     ]  # fmt: skip
     results.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     _draw(arms, results.with_suffix(".png"))

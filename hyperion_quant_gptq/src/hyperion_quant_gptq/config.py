@@ -30,8 +30,8 @@ class GptqConfig(QuantizationConfig):
 
     mse: Annotated[float, Field(ge=0)] = Field(
         2.4,
-        description="The scale of a group is the one with the least sum of |error| to this power, of some below that of"
-        " its largest weight. 0 takes that of its largest weight.",
+        description="The scale of a group is the one with the least sum of |error| to this power, weighed as in GPTQ's"
+        " loss. 0 takes that of its largest weight.",
     )
 
     embedding_bits: Literal[4, 8] | None = Field(
