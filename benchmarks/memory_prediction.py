@@ -49,8 +49,7 @@ MORE = {"50M": (("4 bits", "float32"), ("8 bits", "bfloat16")), "30M": (("8 bits
         "200M": (("4 bits", "float32"),)}  # fmt: skip
 HELD_OUT = ("30M", "200M")
 # Runs with activations on disk, and with weights in their files: of these nothing was fitted.
-MOVED_SIZES = {"30M": ("float32",), "50M": ("float32", "bfloat16"), "200M": ("float32", "bfloat16"),
-               "300M": ("float32",)}  # fmt: skip
+MOVED_SIZES = ("30M", "50M", "200M", "300M")
 # Of each run: what malloc hands back, and when, differs by some percent from one process to the next.
 REPEATS = 3
 # Of the runs that constants are fitted to, how far below the measured peak a prediction may lie: the aim less a bit.
@@ -67,11 +66,11 @@ def grid() -> list[dict[str, Any]]:
                 runs.append({"size": size, "method": method, "dtype": dtype, "tokens": tokens, "documents": documents,
                              "checkpointing": checkpointing, "r": 16 if few else 8,
                              "targets": ["q_proj", "v_proj"] if few else "all-linear"})  # fmt: skip
-    for size, dtypes in MOVED_SIZES.items():
+    for size in MOVED_SIZES:
         tokens, documents = LENGTHS[size][1]
-        runs += [{"size": size, "method": "none", "dtype": dtype, "tokens": tokens, "documents": documents,
+        runs += [{"size": size, "method": "none", "dtype": "float32", "tokens": tokens, "documents": documents,
                   "checkpointing": moved == "weights streamed", "r": 16, "targets": ["q_proj", "v_proj"],
-                  "moved": moved} for dtype in dtypes for moved in MOVED]  # fmt: skip
+                  "moved": moved} for moved in MOVED]  # fmt: skip
     return sorted(runs, key=digest)
 
 

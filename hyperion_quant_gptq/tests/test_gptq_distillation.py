@@ -72,7 +72,8 @@ def test_the_gradient_is_that_of_the_dense_weight(bits: int, sym: bool, ordered:
     torch.testing.assert_close(change, (scale.grad * linear.scales.float()).T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"embedding_bits": 4}, {"sym": False, "desc_act": True}], ids=str)
+# The third with the scales of the largest weights: those that are searched for leave it nothing to learn here.
+@pytest.mark.parametrize("options", [{}, {"embedding_bits": 4}, {"sym": False, "desc_act": True, "mse": 0}], ids=str)
 def test_it_is_nearer_in_the_same_bytes(options: dict[str, Any], tmp_path: Path) -> None:
     base = numbers.save_base(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=True)
     plain = numbers.quantized(base, tmp_path / "plain", PLAN, **options)

@@ -95,7 +95,7 @@ before = resident()
 kept, freed = [], []
 for _ in range(40):
     freed.append(torch.ones(2 << 20, dtype=torch.uint8))
-    kept.append(torch.ones(1 << 12, dtype=torch.uint8))
+    kept.append(torch.ones(1 << 16, dtype=torch.uint8))
 freed.clear()
 print((resident() - before) >> 20)
 """
