@@ -252,8 +252,9 @@ def _moved(rows: list[dict[str, Any]]) -> list[str]:
     errors = [row["error"] for row in rows]
     lines = [
         "", "## Activations on disk, weights in their files", "",
-        f"{len(rows)} runs, in which the allocator is told to give back what is freed "
-        "(`acceleration/allocator.py`), so that nothing of it is forecast, and nothing was fitted. Mean absolute error "
+        f"{len(rows)} runs, once each, in which the allocator is told to give back what is freed "
+        "(`acceleration/allocator.py`), so that nothing of it is forecast. No constant was fitted, but which "
+        "weights of a streamed model are in memory at one time was corrected when these runs had been seen. Mean error "
         f"{_mean(errors):.1%}, from {min(errors):+.1%} to {max(errors):+.1%}. Streamed runs compute all layers' "
         "activations again.", "",
         "| base | | type | tokens (rows) | weights, MB | measured, MB | predicted, MB | error |",

@@ -30,7 +30,7 @@ def forked(
     Raises:
         subprocess.TimeoutExpired: it hung.
     """
-    printed = [folder.parent / name for name in ("stdout", "stderr")]
+    printed = [folder.parent / name for name in ("stdout", "stderr", "code")]
     process = _context.Process(
         target=_run,
         args=([str(each) for each in arguments], str(folder), [str(each) for each in path], dict(env), printed),
@@ -40,12 +40,13 @@ def forked(
     if process.exitcode is None:
         process.kill()
         raise subprocess.TimeoutExpired(["hyperion", *map(str, arguments)], timeout)
-    out, err = (file.read_text(encoding="utf-8") for file in printed)
-    return CommandResult(process.exitcode, out, err)
+    # not process.exitcode: where two threads start processes, each looks after the other's, and one finds it gone
+    out, err, code = (file.read_text(encoding="utf-8") for file in printed)
+    return CommandResult(int(code), out, err)
 
 
 def _run(arguments: list[str], folder: str, path: list[str], env: dict[str, str], printed: list[Path]) -> None:
-    for number, file in enumerate(printed, start=1):
+    for number, file in enumerate(printed[:2], start=1):
         with file.open("wb") as opened:
             os.dup2(opened.fileno(), number)
     os.chdir(folder)
@@ -54,4 +55,11 @@ def _run(arguments: list[str], folder: str, path: list[str], env: dict[str, str]
     sys.argv[1:] = arguments
     from hyperion.cli.main import run
 
-    run()
+    code: object = 1  # of an error that nothing caught
+    try:
+        run()
+    except SystemExit as stop:
+        code = stop.code or 0
+        raise
+    finally:
+        printed[2].write_text(str(code), encoding="utf-8")

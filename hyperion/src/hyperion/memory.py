@@ -98,7 +98,7 @@ def forecast(
         adapter, quantizer: what the plugins reckon for such a step; without a quantizer the base is held in its type.
         optim: the optimizer, by transformers' name; None is AdamW.
         targets: full names of the modules that have an adapter.
-        streams: the base stays in its files, of which two layers are resident at a time.
+        streams: the base stays in its files, of which a layer and the head are resident at a time.
     """
     return peak_memory(facts, held_before(facts, adapter, quantizer, step, targets, streams=streams), step, optim or "")
 
@@ -110,8 +110,11 @@ def held_before(
     """What is there before a step, of what the plugins reckon."""
     weights = quantizer.memory.get("weights", 0) if quantizer else facts.parameters * BYTES[step.dtype]
     if streams:
+        # a layer's go when it has been computed; the head's stay until the next pass, and of the embedding a few rows
+        inside = {module.name for layer in layers_of(facts) for module in layer.values()}
         layers = [sum(m.parameters for m in layer.values()) for layer in layers_of(facts)]
-        weights = (facts.parameters - sum(layers) + 2 * max(layers, default=0)) * BYTES[step.dtype]
+        outside = (module.parameters for module in facts.modules if module.name not in inside)
+        weights = (max(outside, default=0) + max(layers, default=0)) * BYTES[step.dtype]
     loading = quantizer.memory.get("loading", 0) if quantizer else 0
     trained, frozen, kept = (adapter.memory.get(part, 0) for part in ("adapter", "weights", "activations"))
     return Held(weights, trained // 4, tuple(targets), quantizer is not None, loading, frozen, kept)
