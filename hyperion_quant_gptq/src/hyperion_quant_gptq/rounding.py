@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .scale_search import grid
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -26,16 +28,10 @@ def rounded(weight: Tensor, bits: int, group_size: int, sym: bool) -> Rounded:
 
     It does not mirror the extremes of a group without a negative weight, and loses the upper half; not so here.
     """
-    groups = weight.detach().float().T.unflatten(0, (-1, group_size))  # (groups, size, out)
-    steps = 2**bits - 1
-    low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-    if sym:
-        high = torch.maximum(-low, high)
-        low = -high
-    empty = low == high
-    scale = torch.where(empty, 2 / steps, (high - low) / steps)
-    zero = torch.full_like(scale, (steps + 1) / 2) if sym else torch.where(empty, 0, -low / scale).round()
-    zero = zero.clamp(0, steps)
+    rows = weight.detach().float().unflatten(1, (-1, group_size))  # (out, groups, size)
+    found = grid(rows.flatten(0, 1), None, bits=bits, sym=sym, power=0)
+    scale, zero = (each.view(rows.shape[:2]).T for each in found)  # (groups, out)
+    groups, steps = rows.permute(1, 2, 0), 2**bits - 1
     scale = scale.half()  # what is kept, and so what must be divided by
     held = scale.float().clamp(min=2**-24).unsqueeze(1)  # below float16's least number a scale is 0: all of it is lost
     numbers = (groups / held).round().add(zero.unsqueeze(1)).clamp(0, steps).to(torch.uint8).flatten(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3), glibc
 _LARGE = 1 << 17  # bytes, where glibc itself begins
@@ -16,6 +17,5 @@ def give_back_large_blocks() -> None:
     more than half of what a run held. Mapping costs time: with a bound of a MiB 10 to 16% of a step of SmolLM2-135M.
     Nothing happens where the library is not glibc; the process keeps the setting.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGE)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
