@@ -53,3 +53,31 @@ def test_a_format_that_nothing_here_loads_is_refused(tiny_model: Path, tmp_path:
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "quip"}}))
     with pytest.raises(CompatibilityError, match='by "quip"'):
         load_standalone(folder)
+
+
+def answer(model: Any, new: int) -> torch.Tensor:
+    ids = torch.arange(3, 9)[None]
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=-1
+    )
+
+
+@pytest.mark.slow
+def test_compiled_it_says_the_same(tiny_model: Path) -> None:
+    """Compiled once; for a longer answer once more, and then for any."""
+    plain, _ = load_standalone(tiny_model, dtype="float32")
+    model, _ = load_standalone(tiny_model, dtype="float32", compiled=True)
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    for new, graphs in ((6, 1), (5, 1), (9, 2), (17, 2)):
+        assert torch.equal(answer(model, new), answer(plain, new))
+        assert counted["unique_graphs"] == graphs
+
+
+def test_what_cannot_be_compiled_is_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(str(tiny_model), {"method": "rtn", "bits": 8, "group_size": 16}, output_dir=tmp_path / "out", dtype="float32")
+    with pytest.raises(CompatibilityError, match="quantized like this cannot be compiled"):
+        load_standalone(tmp_path / "out", compiled=True)
+    monkeypatch.setenv("CXX", "none-such")
+    with pytest.raises(CompatibilityError, match="no C\\+\\+ compiler"):
+        load_standalone(tiny_model, compiled=True)

@@ -90,3 +90,11 @@ def test_what_it_keeps_is_made_anew_when_the_weight_changes(products: list[int])
     assert len(products) == 2
     torch.testing.assert_close(after - 1, 1 - before, rtol=0.2, atol=2.0)
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_part_of_one_graph_when_a_model_is_compiled(bits: int) -> None:
+    module, x = linear(bits), inputs(1, 1)
+    with torch.no_grad():
+        expected = module(x)
+        assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), expected)

@@ -15,21 +15,23 @@ _GROUP_SIZES = frozenset({32, 64, 128, 256})
 _ROWS = 16  # a multiple of so many outputs
 _MOST_INPUTS = 256  # of more it is faster to unpack the weight once
 _MIDDLE = 8
+_kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
-def fits(x: Tensor, shape: tuple[int, int], group_size: int) -> bool:
-    """Whether the kernel can multiply inputs (..., in) with a weight of this shape, (out, in), and is the faster way.
+def suits(shape: tuple[int, int], group_size: int) -> bool:
+    """Whether the kernel takes weights of this shape, (out, in), and is fast: not on processors other than x86's."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return fast and group_size in _GROUP_SIZES and shape[0] % _ROWS == 0
 
-    Never where gradients are wanted: it has none. Processors other than x86's have the kernel, without its speed.
-    """
+
+def serves(x: Tensor) -> bool:
+    """Whether it can multiply these inputs, (..., in), and is the faster way. Never where gradients are wanted: it has
+    none."""
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and group_size in _GROUP_SIZES
-        and shape[0] % _ROWS == 0
-        and x.numel() <= _MOST_INPUTS * shape[1]
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and x.numel() <= _MOST_INPUTS * x.shape[-1]
     )
 
 
@@ -52,10 +54,12 @@ class KernelWeight:
 
     def product(self, x: Tensor) -> Tensor:
         """x · Wᵀ: bfloat16 (..., in) to (..., out)."""
-        flat = x.flatten(0, -2)
-        found = [torch.ops.aten._weight_int4pack_mm_for_cpu(flat, part, self.group_size, of) for part, of in self.parts]
-        total: Tensor = sum(found[1:], start=found[0])
-        return total.unflatten(0, x.shape[:-1])
+        flat = x.reshape(-1, x.shape[-1])
+        first, *others = self.parts
+        y: Tensor = _kernel(flat, first[0], self.group_size, first[1])
+        for packed, scale_and_offset in others:
+            y += _kernel(flat, packed, self.group_size, scale_and_offset)
+        return y.view(*x.shape[:-1], -1)
 
 
 def _part(numbers: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from hyperion_core.errors import CompatibilityError
 from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
-from .cpu_kernel import KernelWeight, fits
+from .cpu_kernel import KernelWeight, serves, suits
 from .grouping import default_group_size
 from .rounding import Rounded, rounded
 
@@ -40,6 +40,7 @@ class PackedTable(nn.Module):
         self.group_size = default_group_size(width)
         self.register_buffer("packed", torch.zeros(rows, width * bits // 8, dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(rows, width // self.group_size, dtype=torch.int16))
+        self._suits_kernel = suits(shape, self.group_size)
         self._kernel: KernelWeight | None = None
 
     def hold(self, found: Rounded) -> PackedTable:
@@ -67,7 +68,7 @@ class PackedTable(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x · Wᵀ: (..., width) to (..., rows)."""
-        if fits(x, self.shape, self.group_size):
+        if self._suits_kernel and serves(x):
             if self._kernel is None:
                 scale = self.scale.view(torch.float16)
                 self._kernel = KernelWeight(_numbers(self.packed, self.bits), scale, self.bits)

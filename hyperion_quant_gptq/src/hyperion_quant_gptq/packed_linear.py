@@ -15,7 +15,7 @@ from hyperion_core.live_facts import live_model_facts
 from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
-from .cpu_kernel import KernelWeight, fits
+from .cpu_kernel import KernelWeight, serves, suits
 from .packed_embedding import PackedEmbedding, PackedHead
 from .packing import pack, pack_zeros, unpack, unpack_zeros
 from .rounding import Rounded, in_order, restored
@@ -48,7 +48,7 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         self.register_buffer("qzeros", torch.zeros(groups, rows * bits // 32, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, rows, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(columns, dtype=torch.int32))
-        self._ordered = self._centred = False
+        self._ordered = self._suits_kernel = False
         self._kernel: KernelWeight | None = None
 
     def hold(self, found: Rounded) -> None:
@@ -62,7 +62,8 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         whether 0 is in the middle of the grid of all groups besides: these fit the kernel."""
         self._ordered = torch.equal(self.g_idx, in_order(self.in_features, self.group_size, self.g_idx.device))
         zeros = unpack_zeros(self.qzeros, self.bits, self.version)
-        self._centred = self._ordered and bool((zeros == 2 ** (self.bits - 1)).all())
+        centred = self._ordered and bool((zeros == 2 ** (self.bits - 1)).all())
+        self._suits_kernel = centred and suits((self.out_features, self.in_features), self.group_size)
         self._kernel = None
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -91,7 +92,7 @@ class PackedLinear(nn.Linear):  # PEFT and others ask for nn.Linear
         return restored(found, ordered=self._ordered)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._centred and fits(input, (self.out_features, self.in_features), self.group_size):
+        if self._suits_kernel and serves(input):
             y = self._packed_for_kernel().product(input)
         else:
             y = cast(Tensor, _Product.apply(input, self))

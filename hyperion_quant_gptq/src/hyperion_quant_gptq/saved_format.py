@@ -197,6 +197,10 @@ def _register_with_transformers() -> None:
         def is_trainable(self) -> bool:
             return True
 
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
     AUTO_QUANTIZER_MAPPING[OURS] = Loader
     AUTO_QUANTIZATION_CONFIG_MAPPING[OURS] = GPTQConfig
 

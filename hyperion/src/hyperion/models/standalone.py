@@ -18,6 +18,7 @@ from ..planning_hooks import PlanningHooks
 from ..quantization.base import load_quantizable
 from ..quantization.existing import reader_of, recognized, saved_quantization
 from .cache import cache_dir
+from .compiled import compile_generation
 from .facts import model_facts
 from .hardware import actual_device, choose_dtype
 from .load import load_tokenizer, materialize
@@ -38,7 +39,7 @@ class StandaloneModel:
         return iter((self.model, self.tokenizer))
 
 
-def load_standalone(model: str | Path, *, dtype: str = "auto") -> StandaloneModel:
+def load_standalone(model: str | Path, *, dtype: str = "auto", compiled: bool = False) -> StandaloneModel:
     """Load what `hyperion merge` or `hyperion quantize` wrote, or any causal language model, for inference.
 
     A quantized one is loaded by the plugin that reads its format, also where plain transformers does not know it.
@@ -46,10 +47,12 @@ def load_standalone(model: str | Path, *, dtype: str = "auto") -> StandaloneMode
     Args:
         model: a folder, a hub id, a GGUF file, or package://module/file.
         dtype: "auto", "float32", "bfloat16" or "float16": of what is not quantized, and what it computes in.
+        compiled: `model.generate` computes each token after the prompt's by `torch.compile`. The first answer waits for
+            that, a minute or more on a CPU.
 
     Raises:
         ModelError: the model cannot be had, or its files are damaged.
-        CompatibilityError: no installed plugin reads how it is quantized.
+        CompatibilityError: no installed plugin reads how it is quantized, or it cannot be compiled.
         PluginError: the plugin that does is broken.
     """
     device = actual_device()
@@ -60,6 +63,8 @@ def load_standalone(model: str | Path, *, dtype: str = "auto") -> StandaloneMode
     hooks = RunHooks()
     config, bits = _quantization(folder, hooks)
     loaded = load_quantizable(folder, config, hooks, ctx, training=False, bits=bits)
+    if compiled:
+        compile_generation(loaded)
     return StandaloneModel(loaded.requires_grad_(False).eval(), load_tokenizer(folder))
 
 
