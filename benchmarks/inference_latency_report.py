@@ -13,6 +13,7 @@ from inference_latency_arms import ARMS, NEW, PROMPT
 
 _LATENCY, _DISK = 0.69, 0.26  # at most, of unmerged and of float16
 _UNMERGED = ("unmerged float32", "unmerged bfloat16")
+_PACKAGES = ("package", "package, compiled")
 _MERGED = "merged float32"  # float16 weights, computed in float32: what quality is compared with
 
 
@@ -58,17 +59,16 @@ def _table(arms: dict[str, Any]) -> Iterator[str]:
 
 
 def _verdict(arms: dict[str, Any]) -> Iterator[str]:
-    if "package" not in arms or not arms["package"].get("rounds"):
-        return
     against = _fastest_unmerged(arms)
-    if ratios := _ratios(arms, "package", against):
-        within = "within" if statistics.median(ratios) <= _LATENCY else "not within"
-        yield (
-            f"Packaged against {against}, the unmerged model's faster format here: {_span(ratios)} the latency a "
-            f"token, {within} {_LATENCY}×."
-        )
-        yield ""
-    if share := _share(arms, "package"):
+    for name in _PACKAGES:
+        if ratios := _ratios(arms, name, against):
+            within = "within" if statistics.median(ratios) <= _LATENCY else "not within"
+            yield (
+                f"The {name}, against {against}, the unmerged model's faster format here: {_span(ratios)} the latency a "
+                f"token, {within} {_LATENCY}×."
+            )
+            yield ""
+    if "package" in arms and (share := _share(arms, "package")):
         within = "within" if share <= _DISK else "not within"
         lost = _loss(arms, "package")
         yield f"On disk {share:.3f}× of the merged model in float16, {within} {_DISK}×; loss: {lost} nats a token."

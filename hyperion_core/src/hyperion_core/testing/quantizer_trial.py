@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +37,8 @@ Calibration = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """`source` is the base's folder, `facts` what planning knows of it, `options` those of the config."""
+    """`source` is the base's folder, `facts` what planning knows of it, `options` those of the config; in `kept`, what
+    was quantized offline stays for other tests."""
 
     plugin: type[Quantizer]
     hooks: QuantizerSpecs
@@ -44,6 +46,7 @@ class Trial:
     ctx: RunContext
     options: Mapping[str, Any]
     rows: Callable[[], Calibration]
+    kept: Path | None = None
 
     @cached_property
     def base(self) -> Any:
@@ -107,10 +110,21 @@ class Trial:
     def load(self, plan: BitPlan | None = None, *, source: Path | None = None, dtype: str = "float32") -> Module:
         """The base, quantized, and made ready to be trained on."""
         plan = plan or self.narrow
+        return self.after_load(self.from_pretrained(self._prepared(plan, source), plan, dtype=dtype), plan)
+
+    def _prepared(self, plan: BitPlan, source: Path | None) -> Path:
+        """As between runs: what one instance of the plugin has quantized offline, the next one loads."""
         rows = self.rows() if self.plugin.provides.calibration else None
-        self.ctx.cache.mkdir(parents=True, exist_ok=True)
-        prepared = self.prepare(plan, Path(tempfile.mkdtemp(dir=self.ctx.cache)), rows, source=source)
-        return self.after_load(self.from_pretrained(prepared, plan, dtype=dtype), plan)
+        if source or self.kept is None:
+            self.ctx.cache.mkdir(parents=True, exist_ok=True)
+            return self.prepare(plan, Path(tempfile.mkdtemp(dir=self.ctx.cache)), rows, source=source)
+        done = self.kept / hashlib.sha256(repr((self.config(plan), plan)).encode()).hexdigest()[:16]
+        if not done.exists():
+            prepared = self.prepare(plan, Path(tempfile.mkdtemp(dir=self.kept)), rows)
+            if prepared == self.source:
+                return prepared
+            prepared.rename(done)
+        return done
 
     def prepare(self, plan: BitPlan, folder: Path, rows: Calibration | None, *, source: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,8 +71,13 @@ class QuantizerConformance(PluginConformance):
     # --- fixtures ---
 
     @pytest.fixture
-    def trial(self, plugin_class: type[Quantizer], tmp_path: Path) -> Trial:
-        return self.on_trial(plugin_class, tmp_path)
+    def trial(self, plugin_class: type[Quantizer], tmp_path: Path, kept: Path) -> Trial:
+        return replace(self.on_trial(plugin_class, tmp_path), kept=kept)
+
+    @pytest.fixture(scope="class")
+    def kept(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """For what is quantized offline: that takes long, and many tests ask for the same."""
+        return tmp_path_factory.mktemp("quantized")
 
     def on_trial(self, plugin_class: type[Quantizer], folder: Path) -> Trial:
         """The quantizer, its hooks called through pluggy as a run calls them, and its base in `folder`."""
@@ -228,6 +234,7 @@ class QuantizerConformance(PluginConformance):
 
     def test_saved_and_reloaded_it_gives_the_same_logits(self, trial: Trial, tmp_path: Path) -> None:
         """From the saved files alone: the base that was quantized is gone, and so is what the run cached."""
+        trial = replace(trial, kept=None)
         plans = [trial.narrow, *([trial.mixed] if trial.plugin.provides.per_module else [])]
         loaded = [trial.load(plan) for plan in plans]
         before = [(logits(model), trial.infos(model), resident_bytes(model)) for model in loaded]
