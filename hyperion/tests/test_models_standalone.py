@@ -76,7 +76,9 @@ def test_compiled_it_says_the_same(tiny_model: Path) -> None:
 
 
 def test_what_cannot_be_compiled_is_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize(str(tiny_model), {"method": "rtn", "bits": 8, "group_size": 16}, output_dir=tmp_path / "out", dtype="float32")
+    quantize(
+        str(tiny_model), {"method": "rtn", "bits": 8, "group_size": 16}, output_dir=tmp_path / "out", dtype="float32"
+    )
     with pytest.raises(CompatibilityError, match="quantized like this cannot be compiled"):
         load_standalone(tmp_path / "out", compiled=True)
     monkeypatch.setenv("CXX", "none-such")

@@ -28,10 +28,12 @@ def compile_generation(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         raise _impossible(f"a {name} that is quantized like this cannot be compiled", "its quantizer says so")
+    if (device := model.device.type) not in ("cpu", "cuda"):
+        raise _impossible(f'"{device}" does not run what is compiled', "torch.compile is for CPUs and CUDA here")
     from transformers import CompileConfig
 
     model.generation_config.cache_implementation = "static"
-    if model.device.type == "cuda":
+    if device == "cuda":
         return  # a cache of fixed size is all that transformers asks for there
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if not shutil.which(compiler):
