@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,14 @@ with contextlib.suppress(ImportError):
 pytest_plugins = ["hyperion_core.testing.fixtures"]
 
 
+# Core and framework are measured, by their own tests and those of the whole: measuring takes half as long again.
+_MEASURED = tuple(Path(__file__).parent / folder for folder in ("tests", "hyperion", "hyperion_core"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.path.is_relative_to(folder) for folder in _MEASURED):
+            item.add_marker("no_cover")
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return

@@ -64,8 +64,8 @@ def _verdict(arms: dict[str, Any]) -> Iterator[str]:
         if ratios := _ratios(arms, name, against):
             within = "within" if statistics.median(ratios) <= _LATENCY else "not within"
             yield (
-                f"The {name}, against {against}, the unmerged model's faster format here: {_span(ratios)} the latency a "
-                f"token, {within} {_LATENCY}×."
+                f"The {name}, against {against}, the unmerged model's faster format here: {_span(ratios)} the latency "
+                f"a token, {within} {_LATENCY}×."
             )
             yield ""
     if "package" in arms and (share := _share(arms, "package")):
