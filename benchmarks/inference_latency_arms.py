@@ -143,15 +143,15 @@ class TunedBench(Bench):
         import torch
 
         arm = ARMS[name]
+        compiled, dtype = arm.compiled and not dtype, dtype or arm.dtype
         if arm.merged:
             from hyperion.models import load_standalone
 
-            checkpoint = self.checkpoint(arm.quantization)
-            return load_standalone(checkpoint, dtype=dtype or arm.dtype, compiled=arm.compiled and not dtype).model
+            return load_standalone(self.checkpoint(arm.quantization), dtype=dtype, compiled=compiled).model
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(self.untuned, dtype=getattr(torch, dtype or arm.dtype))
+        base = AutoModelForCausalLM.from_pretrained(self.untuned, dtype=getattr(torch, dtype))
         return PeftModel.from_pretrained(base, self.run).eval()
 
     def prompt(self) -> Tensor:

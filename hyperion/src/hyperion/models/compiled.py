@@ -30,19 +30,17 @@ def compile_generation(model: PreTrainedModel) -> None:
         raise _impossible(f"a {name} that is quantized like this cannot be compiled", "its quantizer says so")
     if (device := model.device.type) not in ("cpu", "cuda"):
         raise _impossible(f'"{device}" does not run what is compiled', "torch.compile is for CPUs and CUDA here")
-    from transformers import CompileConfig
-
-    model.generation_config.cache_implementation = "static"
-    if device == "cuda":
-        return  # a cache of fixed size is all that transformers asks for there
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-    if not shutil.which(compiler):
-        raise _impossible(
-            f'there is no C++ compiler "{compiler}"', "torch.compile writes C++ for a CPU", "install one, or "
-        )
-    config = CompileConfig(mode="default")
-    config._compile_all_devices = True  # transformers compiles by itself on accelerators alone
-    model.generation_config.compile_config = config
+    if device == "cpu" and not shutil.which(compiler):
+        why = "torch.compile writes C++ for a CPU"
+        raise _impossible(f'there is no C++ compiler "{compiler}"', why, "install one, or ")
+    model.generation_config.cache_implementation = "static"
+    if device == "cpu":  # on CUDA, transformers compiles by itself where the cache is such a one
+        from transformers import CompileConfig
+
+        config = CompileConfig(mode="default")
+        config._compile_all_devices = True
+        model.generation_config.compile_config = config
 
 
 def _impossible(what: str, why: str, other_fix: str = "") -> CompatibilityError:

@@ -114,17 +114,20 @@ class Trial:
 
     def _prepared(self, plan: BitPlan, source: Path | None) -> Path:
         """As between runs: what one instance of the plugin has quantized offline, the next one loads."""
-        rows = self.rows() if self.plugin.provides.calibration else None
         if source or self.kept is None:
-            self.ctx.cache.mkdir(parents=True, exist_ok=True)
-            return self.prepare(plan, Path(tempfile.mkdtemp(dir=self.ctx.cache)), rows, source=source)
+            return self._prepared_in(self.ctx.cache, plan, source)
         done = self.kept / hashlib.sha256(repr((self.config(plan), plan)).encode()).hexdigest()[:16]
         if not done.exists():
-            prepared = self.prepare(plan, Path(tempfile.mkdtemp(dir=self.kept)), rows)
+            prepared = self._prepared_in(self.kept, plan, None)
             if prepared == self.source:
                 return prepared
             prepared.rename(done)
         return done
+
+    def _prepared_in(self, parent: Path, plan: BitPlan, source: Path | None) -> Path:
+        rows = self.rows() if self.plugin.provides.calibration else None
+        parent.mkdir(parents=True, exist_ok=True)
+        return self.prepare(plan, Path(tempfile.mkdtemp(dir=parent)), rows, source=source)
 
     def prepare(self, plan: BitPlan, folder: Path, rows: Calibration | None, *, source: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
