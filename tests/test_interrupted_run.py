@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forking import forking_hyperion
 from kill_points import Ended, Kill, Runs, survives, unlike, write_config
 
 pytestmark = pytest.mark.slow
@@ -73,7 +72,7 @@ def test_told_to_end_it_writes_a_checkpoint_and_says_how_to_go_on(
     assert f"hyperion train {whole.config} --output_dir {out} --resume" in error
     assert "Traceback" not in error
     assert list(out.glob("checkpoint-*")), "no checkpoint was written"
-    again = cli("train", whole.config, "--output_dir", out, "--resume", env={"OMP_NUM_THREADS": "1"})
+    again = cli("train", whole.config, "--output_dir", out, "--resume")
     assert again.code == 0, again.stderr
     assert unlike(out, whole.folder) == []
 
@@ -88,9 +87,8 @@ def test_told_to_end_before_it_trains_it_leaves_nothing(whole: Whole, tmp_path: 
 
 def signalled(config: Path, out: Path, signum: int, when) -> tuple[int, str]:  # type: ignore[no-untyped-def]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hyperion", "train", str(config), "--output_dir", str(out)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
+        [*forking_hyperion(), "train", str(config), "--output_dir", str(out)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not when():
         assert process.poll() is None, process.communicate()[1]

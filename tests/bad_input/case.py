@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from forking import ForkingCommand
 from hyperion_core.registry import use
-from hyperion_core.testing.fixtures import Command, CommandResult, FakeDistributions
+from hyperion_core.testing.fixtures import CommandResult, FakeDistributions
 
-from .forked import forked
-
-_READ_LATE = frozenset({"HYPERION_CACHE"})
 #: Ten rows that the tiny model learns from without complaint.
 ROWS = tuple({"prompt": f"What is {n} and {n}?", "completion": f" It is {n + n}."} for n in range(10))
 
@@ -113,17 +111,13 @@ def place_for(case: Case, root: Path, tiny_model: Path) -> Iterator[tuple[Place,
 
 
 def run_case(case: Case, place: Place, arguments: Sequence[str | Path], timeout: float) -> Outcome:
-    """Run the command as a user does; in a forked process, where nothing that is read on import is changed.
+    """Run the command as a user does.
 
     Raises:
         subprocess.TimeoutExpired: it hung.
     """
     before = _files(place.folder)
-    if set(place.env) <= _READ_LATE:
-        path = place.fake_dist.folders
-        result = forked(arguments, folder=place.folder, path=path, env=place.env, timeout=timeout)
-    else:
-        result = Command(place.folder, place.fake_dist)(*arguments, env=place.env, timeout=timeout)
+    result = ForkingCommand(place.folder, place.fake_dist)(*arguments, env=place.env, timeout=timeout)
     after = _files(place.folder)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     changed -= {

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +33,12 @@ class ModuleFact:
         return count + (self.shape[0] if self.bias else 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelFacts:
     """A model's architecture, known without its weights.
 
-    `modules` is empty when nothing is known (the model is not local): ask `known` first.
+    `modules` is empty when nothing is known (the model is not local): ask `known` first. It can stand for what is
+    reckoned from it, as a key: the hash of its thousands of modules is taken once.
     """
 
     source: str
@@ -50,6 +52,17 @@ class ModelFacts:
     why_unknown: str = ""
     attention_heads: int = 0
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.source, self.modules))
+
+    @cached_property
+    def _linear(self) -> tuple[ModuleFact, ...]:
+        return tuple(m for m in self.modules if m.kind == "linear" and not is_output_head(m.name))
+
     @property
     def known(self) -> bool:
         return bool(self.modules)
@@ -61,7 +74,7 @@ class ModelFacts:
 
     def linear(self) -> tuple[ModuleFact, ...]:
         """The linear modules of the layers; the output head is none of them."""
-        return tuple(m for m in self.modules if m.kind == "linear" and not is_output_head(m.name))
+        return self._linear
 
     def matching(self, targets: str | Iterable[str]) -> tuple[ModuleFact, ...]:
         """Modules named by `targets`, by PEFT's rule: a string is a regular expression over the whole name,

@@ -36,6 +36,7 @@ class Registry:
     def __init__(self, entries: Iterable[PluginEntry] = ()) -> None:
         self._entries = list(entries)
         self._loaded: dict[PluginEntry, Any] = {}
+        self._fitting: set[tuple[PluginEntry, type[Plugin]]] = set()  # whose hooks fit the contract
 
     @classmethod
     def discover(cls, path: list[str] | None = None) -> Registry:
@@ -96,8 +97,10 @@ class Registry:
         Raises:
             PluginError: as `find`, and PluginLoadError or PluginHookError.
         """
-        plugin = self.load_unchecked(kind, name)
-        check_hooks(plugin, self.find(kind, name))
+        plugin, entry = self.load_unchecked(kind, name), self.find(kind, name)
+        if (entry, plugin) not in self._fitting:
+            check_hooks(plugin, entry)
+            self._fitting.add((entry, plugin))
         return plugin
 
     def load_unchecked(self, kind: str, name: str) -> type[Plugin]:

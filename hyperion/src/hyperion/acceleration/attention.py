@@ -3,7 +3,8 @@
 On a CPU it is computed block by block, with the gradient written out: scores and softmax in float32 whatever the
 model's type, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135), but with the probabilities of short documents
 kept rather than computed again. torch's own kernel takes two to three times as long there, most of it in its backward
-pass. On a GPU torch's kernels are the fast ones, and are used.
+pass. On a GPU torch's kernels are the fast ones, and are used: that for rows of different lengths (varlen.py) where it
+serves, else one document after another.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .documents import Documents
+from .varlen import served, varlen_attention
 
 #: The name under which transformers knows it (`attn_implementation`).
 NAME = "hyperion_documents"
@@ -69,7 +71,9 @@ def document_attention(
     window = sliding_window or query.shape[2]
     if query.device.type == "cpu" and not dropout:
         return _BlockedAttention.apply(query, key, value, documents, scale, window), None
-    return _by_torch(query, key, value, documents, scale, window, dropout), None
+    if not dropout and served(query, key):
+        return varlen_attention(query, key, value, documents, scale, window), None
+    return by_torch(query, key, value, documents, scale, window, dropout), None
 
 
 def register() -> None:
@@ -77,9 +81,10 @@ def register() -> None:
     AttentionInterface.register(NAME, document_attention)
 
 
-def _by_torch(
+def by_torch(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int, dropout: float
 ) -> Tensor:
+    """One document after another by torch's `scaled_dot_product_attention`; shapes as of `document_attention`."""
     group = query.shape[1] // key.shape[1]
     found = []
     for part in _parts(documents):

@@ -9,8 +9,8 @@ mostly more than is kept, and no exact count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hyperion_core.facts import MiB, ModelFacts, ModuleFact, is_output_head
@@ -212,7 +212,8 @@ def layer_of(module: str) -> str:
     return ".".join(parts[: number + 1])
 
 
-def lowest_learning(facts: ModelFacts, targets: Iterable[str]) -> int:
+@lru_cache(maxsize=64)
+def lowest_learning(facts: ModelFacts, targets: tuple[str, ...]) -> int:
     """Number of the first layer that has anything to learn: no gradient flows below it, and nothing is kept there. -1
     where the first layer's input learns too, as under an adapter of the embedding, or where nothing says what does."""
     numbers = {name: number for number, name in enumerate(layer_names(facts))}
@@ -220,13 +221,19 @@ def lowest_learning(facts: ModelFacts, targets: Iterable[str]) -> int:
     return min(found, default=-1)
 
 
-def _layers_bytes(facts: ModelFacts, held: Held, step: Step) -> list[int]:
-    """What autograd keeps of each layer that is not computed again."""
-    targets, lowest = frozenset(held.targets), lowest_learning(facts, held.targets)
-    return [
+def _layers_bytes(facts: ModelFacts, held: Held, step: Step) -> tuple[int, ...]:
+    """What autograd keeps of each layer, where it is not computed again."""
+    return _kept_by_layer(facts, held.targets, replace(step, checkpointed=0))
+
+
+# A search for the fewest layers to compute again asks for the same ones each time.
+@lru_cache(maxsize=64)
+def _kept_by_layer(facts: ModelFacts, learning: tuple[str, ...], step: Step) -> tuple[int, ...]:
+    targets, lowest = frozenset(learning), lowest_learning(facts, learning)
+    return tuple(
         _layer_bytes(facts, layer, targets, step, first=number == lowest) if number >= lowest else 0
         for number, layer in enumerate(layers_of(facts))
-    ]
+    )
 
 
 def _layer_bytes(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from hyperion_core.errors import CompatibilityError, ConfigError, HyperionError, ModelError
-from hyperion_core.facts import MiB
+from hyperion_core.facts import MiB, ModelFacts
 from hyperion_core.kinds import Quantizer
 from hyperion_core.registry import registry
 
@@ -108,7 +109,7 @@ def candidates(
         ConfigError, CompatibilityError: a run of the config is refused, however it is set.
     """
     source = resolve_source(config.base_model, config.revision, config.base_dir)
-    facts = model_facts(source)
+    facts = _one_of_equals(model_facts(source))
     if not facts.known:
         raise ModelError(
             f"nothing is known of {config.base_model}",
@@ -135,6 +136,12 @@ def candidates(
     if not found:
         raise refusals[0]
     return found
+
+
+# What is reckoned of a model is kept by its facts, which are compared in no time where they are the same object.
+@lru_cache(maxsize=4)
+def _one_of_equals(facts: ModelFacts) -> ModelFacts:
+    return facts
 
 
 def _quantizations(config: FinetuneConfig, device: str) -> list[dict[str, Any] | None]:

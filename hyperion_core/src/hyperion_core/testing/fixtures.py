@@ -127,6 +127,8 @@ class CommandResult:
 class Command:
     """Runs `hyperion` as a user does, in a process of its own."""
 
+    program: Sequence[str] = (sys.executable, "-m", "hyperion")
+
     def __init__(self, folder: Path, fakes: FakeDistributions) -> None:
         self.folder = folder
         self._fakes = fakes
@@ -158,7 +160,7 @@ class Command:
             **(env or {}),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "hyperion", *map(str, arguments)],
+            [*self.program, *map(str, arguments)],
             cwd=cwd or self.folder,
             env=environment,
             capture_output=True,

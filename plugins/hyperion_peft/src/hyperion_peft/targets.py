@@ -154,8 +154,10 @@ def saved_modules(names: Sequence[str] | None, facts: ModelFacts) -> list[Module
 def saved_paths(names: Sequence[str] | None, facts: ModelFacts) -> list[str]:
     """Full names of what `modules_to_save` names, containers too. PEFT is given these: by a mere ending it would also
     take "input_layernorm" for "norm"."""
+    if not names:
+        return []
     every = [*(module.name for module in facts.modules), *_containers(facts)]
-    return [path for path in every if any(path == name or path.endswith(f".{name}") for name in names or ())]
+    return [path for path in every if any(path == name or path.endswith(f".{name}") for name in names)]
 
 
 def compact(names: Iterable[str], facts: ModelFacts) -> list[str]:
@@ -262,7 +264,13 @@ def _containers(facts: ModelFacts) -> list[str]:
 
 
 def _ends_with_one(name: str, ends: Iterable[str]) -> bool:
-    return any(name.endswith(f".{end}") for end in ends)
+    return name.endswith(_endings(tuple(ends)))
+
+
+# asked of each module of a model with the same names
+@functools.lru_cache(maxsize=64)
+def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
 
 
 def _below(name: str, saved: str) -> bool:

@@ -1,0 +1,73 @@
+"""`hyperion` in processes forked from one that has imported all that it needs.
+
+A command spends six to ten seconds on importing torch, transformers and peft, and less on what a test asks of it. What
+a test starts is `client.py`, a process as any other: its arguments, environment, folder, standard streams, exit code
+and signals are those of a child that `server.py` forks for it. What depends on the imports themselves, such as
+variables that a library reads when it is imported, needs a process of its own: `Command` of hyperion_core.testing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from hyperion_core.testing.fixtures import Command, CommandResult
+
+_HERE = Path(__file__).parent
+#: Variables that nothing reads on import; of PYTHONPATH, the server sees to it.
+READ_LATE = frozenset({"HYPERION_CACHE", "PYTHONPATH"})
+
+
+def forking_hyperion(python: Path | None = None) -> tuple[str, ...]:
+    """What to put before a command's arguments, in place of `python -m hyperion`.
+
+    Args:
+        python: of a virtual environment, as if that interpreter ran it.
+    """
+    if not hasattr(os, "fork"):
+        return str(python or sys.executable), "-m", "hyperion"
+    client = (sys.executable, "-I", "-S", str(_HERE / "client.py"))
+    return *client, *(("--python", str(python)) if python else ()), str(_server())
+
+
+@cache
+def _server() -> Path:
+    """Start it, to run until this process ends; gives its socket."""
+    folder = tempfile.TemporaryDirectory(prefix="hyperion-forking-")
+    address = Path(folder.name, "socket")
+    environment = os.environ | {
+        "HF_HOME": str(Path(folder.name, "hf")),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    server = subprocess.Popen(
+        [sys.executable, str(_HERE / "server.py"), str(address)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True,
+    )  # fmt: skip
+    assert server.stdin is not None and server.stdout is not None
+    assert server.stdout.readline() == b"ready\n", "it printed why"
+    atexit.register(folder.cleanup)
+    atexit.register(server.wait)
+    atexit.register(server.stdin.close)  # the first of the three
+    return address
+
+
+class ForkingCommand(Command):
+    """Forks, but where the environment is given a variable that may be read on import."""
+
+    def __call__(
+        self,
+        *arguments: str | Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 600,
+    ) -> CommandResult:
+        self.program = forking_hyperion() if set(env or {}) <= READ_LATE else Command.program
+        return super().__call__(*arguments, cwd=cwd, env=env, timeout=timeout)

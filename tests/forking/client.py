@@ -1,0 +1,40 @@
+"""Stands for a command that `server.py` runs: `python -I -S client.py SOCKET ARGUMENTS`.
+
+With `--python FILE` before the socket, as if that interpreter, of a virtual environment, ran it.
+"""
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from types import FrameType
+
+
+def main(arguments: list[str]) -> int:
+    python = ""
+    if arguments[0] == "--python":
+        _, python, *arguments = arguments
+    address, *given = arguments
+    request = json.dumps({"arguments": given, "python": python, "folder": os.getcwd(), "environ": dict(os.environ)})
+    content = request.encode("utf-8", "surrogateescape")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+
+        def hand_on(number: int, frame: "FrameType | None") -> None:
+            connection.sendall(bytes([number]))
+
+        socket.send_fds(connection, [struct.pack("!Q", len(content))], [0, 1, 2])
+        connection.sendall(content)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, hand_on)
+        (status,) = struct.unpack("!i", connection.recv(4, socket.MSG_WAITALL))
+    if status < 0:  # it was killed: so is this
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""Imports what `hyperion` needs, says "ready", and forks a child for each command that a `client.py` asks for.
+
+It ends with its standard input. A client that goes away takes its child with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+_IMPORTED = (
+    "hyperion.cli.main",
+    "hyperion.engine.fit",
+    "hyperion.pipeline",
+    "hyperion.exporting",
+    "hyperion.quantizing",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+def main(address: str) -> None:
+    sys.path.remove(str(Path(__file__).parent))  # a script's own folder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as `hyperion` has it
+    from hyperion_core.quiet import ON_IMPORT, errors_only
+
+    with errors_only(*ON_IMPORT):
+        for name in _IMPORTED:
+            importlib.import_module(name)
+    gc.freeze()  # a child copies what the collector touches
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        request = _next_child(listener)
+    if request:
+        _run(request)
+
+
+def _next_child(listener: socket.socket) -> dict[str, Any] | None:
+    """Serve until standard input ends: gives None then, and in each child what it is to run."""
+    woken, wakes = socket.socketpair()
+    for end in (listener, woken, wakes):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    children: dict[int, socket.socket] = {}  # by process id
+    with selectors.DefaultSelector() as selector:
+        for readable in (listener, woken, sys.stdin):
+            selector.register(readable, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is sys.stdin:
+                    return None
+                if key.fileobj is woken:
+                    with suppress(BlockingIOError):
+                        woken.recv(4096)
+                    _report(children, selector)
+                elif key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    request, streams = _received(connection)
+                    if child := os.fork():
+                        children[child] = connection
+                        selector.register(connection, selectors.EVENT_READ, child)
+                        for stream in streams:
+                            os.close(stream)
+                    else:
+                        signal.set_wakeup_fd(-1)
+                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+                        for stream, number in zip(streams, range(3), strict=True):
+                            os.dup2(stream, number)
+                            os.close(stream)
+                        for end in (woken, wakes, connection, *children.values()):
+                            end.close()
+                        return request
+                elif key.data in children:
+                    numbers = key.fileobj.recv(16)  # type: ignore[union-attr]
+                    for number in numbers or [signal.SIGKILL]:
+                        os.kill(key.data, number)
+                    if not numbers:
+                        selector.unregister(key.fileobj)
+
+
+def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What is asked for, and the client's standard streams."""
+    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    content = connection.recv(struct.unpack("!Q", size)[0], socket.MSG_WAITALL)
+    return json.loads(content), streams
+
+
+def _report(children: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
+    """Tell clients how their children ended."""
+    for child in list(children):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            connection = children.pop(child)
+            with suppress(OSError):
+                connection.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
+            with suppress(KeyError):
+                selector.unregister(connection)
+            connection.close()
+
+
+def _run(request: dict[str, Any]) -> NoReturn:
+    """Be what `python -m hyperion` is in the client's folder and environment."""
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:0] = [request["folder"], *(entry for entry in map(os.path.abspath, given) if entry not in sys.path)]
+    if request["python"]:
+        import site
+
+        sys.executable = request["python"]
+        sys.prefix = sys.exec_prefix = str(Path(sys.executable).parent.parent)
+        for folder in site.getsitepackages([sys.prefix]):
+            site.addsitedir(folder)
+    importlib.invalidate_caches()
+    sys.argv = ["hyperion", *request["arguments"]]
+    from hyperion.cli.main import run
+
+    code: object = 1
+    try:
+        run()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    # As an interpreter ends, but for taking all modules down, for which each of their pages would be copied.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
