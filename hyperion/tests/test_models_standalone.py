@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hyperion_core.errors import CompatibilityError
+from hyperion_core.registry import registry
 
 from hyperion.models import load_standalone
 from hyperion.models.load import load_model
@@ -45,6 +46,22 @@ def test_a_quantized_one_is_loaded_by_the_plugin_that_reads_it(tiny_model: Path,
     assert 0 < (logits(model) - before).abs().max() < 0.05
     assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
     assert not any(each.requires_grad for each in model.parameters())
+
+
+def test_left_to_itself_it_answers_in_the_type_that_the_quantizer_is_fast_in(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(
+        str(tiny_model), {"method": "rtn", "bits": 8, "group_size": 16}, output_dir=tmp_path / "out", dtype="float32"
+    )
+    plugin = registry().load("quantizer", "rtn")
+    monkeypatch.setattr("hyperion.models.hardware._cpu_has_bf16", lambda: False)
+    for said, dtype, expected in (
+        ("bfloat16", "auto", torch.bfloat16), (None, "auto", torch.float32), ("bfloat16", "float32", torch.float32),
+    ):  # fmt: skip
+        hook = lambda self, device, said=said: said  # noqa: E731 # a hook takes what it asks for
+        monkeypatch.setattr(plugin, "quantizer_inference_dtype", hook, raising=False)
+        assert load_standalone(tmp_path / "out", dtype=dtype).model.dtype == expected
 
 
 def test_a_format_that_nothing_here_loads_is_refused(tiny_model: Path, tmp_path: Path) -> None:

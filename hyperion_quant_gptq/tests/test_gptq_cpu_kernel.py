@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hyperion_core.facts import BitPlan
 from torch import Tensor
 
 from hyperion_quant_gptq import cpu_kernel
+from hyperion_quant_gptq.config import GptqConfig
 from hyperion_quant_gptq.packed_embedding import PackedTable
 from hyperion_quant_gptq.packed_linear import PackedLinear
+from hyperion_quant_gptq.plugin import GptqQuantizer
 from hyperion_quant_gptq.rounding import rounded
 
 SHAPE = (64, 128)  # (out, in)
@@ -79,6 +82,42 @@ def test_it_is_not_taken_where_it_may_not_be(products: list[int]) -> None:
         linear(4, sym=False)(x)
         linear(4, group_size=16)(x)
     assert not products
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_for_many_inputs_it_is_the_product_with_the_unpacked_weight(
+    native: bool, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor that multiplies bfloat16, and on one that does not."""
+    monkeypatch.setattr(cpu_kernel, "_multiplies_bfloat16", lambda: native)
+    module, x = linear(4), inputs(300).requires_grad_()
+    found = module(x)
+    expected = x.double() @ module.unpacked().double().T + 1
+    assert found.dtype == torch.bfloat16 and ((found - expected).norm() / expected.norm()) < 2**-7
+    (gradient,) = torch.autograd.grad(found.float().sum(), x)
+    assert gradient.dtype == torch.bfloat16 and not products
+
+
+@pytest.mark.parametrize(
+    "bits, options, where, expected",
+    [
+        (BitPlan(4, 64), {}, "cpu x86_64", "bfloat16"),
+        (BitPlan(16, 0, {"*": (3, 128)}), {}, "cpu AMD64", "bfloat16"),
+        (BitPlan(4, 64), {}, "cuda x86_64", None),
+        (BitPlan(4, 64), {}, "cpu arm64", None),
+        (BitPlan(4, 64), {"sym": False}, "cpu x86_64", None),
+        (BitPlan(4, 64), {"desc_act": True}, "cpu x86_64", None),
+        (BitPlan(4, 64, {"a": (8, 512)}), {}, "cpu x86_64", None),
+        (BitPlan(16, 0), {}, "cpu x86_64", None),
+    ],
+)
+def test_left_to_itself_it_answers_in_what_the_kernel_takes(
+    bits: BitPlan, options: dict[str, bool], where: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, machine = where.split()
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    config = GptqConfig.parse({"method": "gptq", **options})
+    assert GptqQuantizer().quantizer_inference_dtype(config, bits, device) == expected
 
 
 def test_what_it_keeps_is_made_anew_when_the_weight_changes(products: list[int]) -> None:

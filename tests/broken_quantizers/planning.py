@@ -57,9 +57,15 @@ class DoesNotSayWhatItCan(Honest):
         return [Problem(p.path, "refused") for p in super().quantizer_check(config, model, bits, device)]
 
 
+class AnswersInATypeThatIsNone(Honest):
+    def quantizer_inference_dtype(self, device: str) -> str | None:
+        return "int4" if device == "cpu" else None
+
+
 DECLARES = "test_it_declares_what_it_can_do"
 PASSES = "test_the_check_lets_every_declared_width_pass"
 BITS = "test_bits_that_it_cannot_do_are_refused"
+FAST = "test_it_says_which_type_it_answers_fast_in"
 DEVICE = "test_a_device_that_it_cannot_use_is_refused"
 GROUPS = "test_a_group_size_that_does_not_fit_is_refused_or_works"
 
@@ -75,6 +81,7 @@ BROKEN = [
     (DoesNotSayWhatItCan, BITS, r"does not say that it can do \[2, 3, 4, 8\]"),
     (ChecksNothing, DEVICE, 'quantizer_check lets the device "mps" pass'),
     (DoesNotSayWhatItCan, DEVICE, r"""the refusal of "mps" does not say that it can use \['cpu', 'cuda'\]"""),
+    (AnswersInATypeThatIsNone, FAST, "quantizer_inference_dtype gives 'int4' for \"cpu\""),
     (ChecksNothing, GROUPS, "quantizer_check lets a group size of 48 pass, and loading ends in"),
     (DoesNotSayWhatItCan, GROUPS, "neither it nor a layer is named"),
 ]

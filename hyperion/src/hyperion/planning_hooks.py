@@ -19,6 +19,7 @@ _GIVES: dict[str, tuple[type, ...]] = {
     "estimate": (Cost,),
     "recognize": (tuple,),
     "recommend": (Recommendation, type(None)),
+    "dtype": (str, type(None)),
 }
 
 

@@ -185,6 +185,11 @@ class QuantizerSpecs:
         `provides.reads`, which names the `quant_method`s it is asked about."""
 
     @driver
+    def quantizer_inference_dtype(self, config: QuantizationConfig, bits: BitPlan, device: str) -> str | None:
+        """Torch-free. What a model so quantized answers in on a device ("cuda", "mps", "cpu") where nobody says:
+        "float32", "bfloat16" or "float16", whichever the method's kernels are fast in. None: as other models there."""
+
+    @driver
     def quantizer_prepare(
         self, source: Path, config: QuantizationConfig, bits: BitPlan,
         calibration: Iterable[Mapping[str, Tensor]] | None, folder: Path, ctx: RunContext,

@@ -8,10 +8,13 @@ zero points of their own do not: they take more room, or, by way of the offset, 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-_GROUP_SIZES = frozenset({32, 64, 128, 256})
+from .grouping import KERNEL_GROUP_SIZES
+
 _ROWS = 16  # a multiple of so many outputs
 _MOST_INPUTS = 256  # of more it is faster to unpack the weight once
 _MIDDLE = 8
@@ -21,7 +24,7 @@ _kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 def suits(shape: tuple[int, int], group_size: int) -> bool:
     """Whether the kernel takes weights of this shape, (out, in), and is fast: not on processors other than x86's."""
     fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return fast and group_size in _GROUP_SIZES and shape[0] % _ROWS == 0
+    return fast and group_size in KERNEL_GROUP_SIZES and shape[0] % _ROWS == 0
 
 
 def serves(x: Tensor) -> bool:
@@ -33,6 +36,19 @@ def serves(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.numel() <= _MOST_INPUTS * x.shape[-1]
     )
+
+
+def unpacked_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · Wᵀ in the type of x, (..., in) by (out, in). A processor that cannot multiply bfloat16 computes in float32:
+    torch's own product goes that way on one core alone."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bfloat16():
+        return (x.float() @ weight.float().T).to(x.dtype)
+    return x @ weight.to(x.dtype).T
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class KernelWeight:

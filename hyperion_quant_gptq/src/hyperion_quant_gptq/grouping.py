@@ -15,6 +15,8 @@ AS_IT_IS = 16
 DEFAULT_GROUP_SIZES = (128, 64, 32, 16)
 #: Those that gptqmodel's kernels read; a whole row, however long, is one too, and is written as -1.
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+#: Those that torch's kernel for 4-bit weights takes on a CPU.
+KERNEL_GROUP_SIZES = frozenset({32, 64, 128, 256})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hyperion_core.errors import CompatibilityError
 from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
-from .cpu_kernel import KernelWeight, serves, suits
+from .cpu_kernel import KernelWeight, serves, suits, unpacked_product
 from .grouping import default_group_size
 from .rounding import Rounded, rounded
 
@@ -134,7 +134,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: PackedTable) -> Tensor:
         ctx.table = table
-        return x @ table.rows().to(x.dtype).T
+        return unpacked_product(x, table.rows())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

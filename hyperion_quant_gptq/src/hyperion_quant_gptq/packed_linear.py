@@ -15,7 +15,7 @@ from hyperion_core.live_facts import live_model_facts
 from hyperion_core.unpacked_weight import unpacked_weight
 from torch import Tensor, nn
 
-from .cpu_kernel import KernelWeight, serves, suits
+from .cpu_kernel import KernelWeight, serves, suits, unpacked_product
 from .packed_embedding import PackedEmbedding, PackedHead
 from .packing import pack, pack_zeros, unpack, unpack_zeros
 from .rounding import Rounded, in_order, restored
@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: PackedLinear) -> Tensor:
         ctx.module = module
-        return x @ module.unpacked().to(x.dtype).T
+        return unpacked_product(x, module.unpacked())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

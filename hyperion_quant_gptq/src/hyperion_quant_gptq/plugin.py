@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from .config import GptqConfig
 from .grouping import (
     AS_IT_IS,
     BITS,
+    KERNEL_GROUP_SIZES,
     Layout,
     default_group_size,
     embedding_misfits,
@@ -89,6 +91,14 @@ class GptqQuantizer(Quantizer):
         if not model.known:
             return options, BitPlan(found.default[0], max(found.default[1], 0))
         return options, BitPlan(AS_IT_IS, 0, found.modules)
+
+    def quantizer_inference_dtype(self, config: GptqConfig, bits: BitPlan, device: str) -> str | None:
+        """bfloat16 where torch's kernel for 4-bit weights takes them: without, they are unpacked for each token."""
+        if device != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+            return None
+        groups = {size for width, size in [(bits.bits, bits.group_size), *bits.overrides.values()] if width != AS_IT_IS}
+        taken = config.sym and not config.desc_act and groups and groups <= KERNEL_GROUP_SIZES
+        return "bfloat16" if taken else None
 
     # --- quantizing ---
 

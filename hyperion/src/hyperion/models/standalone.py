@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,7 +46,8 @@ def load_standalone(model: str | Path, *, dtype: str = "auto", compiled: bool = 
 
     Args:
         model: a folder, a hub id, a GGUF file, or package://module/file.
-        dtype: "auto", "float32", "bfloat16" or "float16": of what is not quantized, and what it computes in.
+        dtype: "float32", "bfloat16" or "float16": of what is not quantized, and what it computes in. "auto" is what
+            the quantizer's kernels are fast in, else bfloat16 where the device has it.
         compiled: `model.generate` computes each token after the prompt's by `torch.compile`. The first answer waits for
             that, a minute or more on a CPU.
 
@@ -55,13 +56,16 @@ def load_standalone(model: str | Path, *, dtype: str = "auto", compiled: bool = 
         CompatibilityError: no installed plugin reads how it is quantized, or it cannot be compiled.
         PluginError: the plugin that does is broken.
     """
-    device = actual_device()
+    device, hooks = actual_device(), RunHooks()
     plan = Plan(config={}, choices=(), device=device, dtype=choose_dtype(dtype, device))
     source = resolve_source(str(model))
     ctx = RunContext(plan=plan, seed=0, device=device, output=Path.cwd(), cache=cache_dir())
     folder = materialize(source, ctx.cache, ctx.log.info)
-    hooks = RunHooks()
     config, bits = _quantization(folder, hooks)
+    if dtype == "auto" and config is not None and bits is not None:
+        plugin = PlanningHooks(hooks).quantizer(str(config.method))
+        fast = plugin.quantizer_inference_dtype(config=config, bits=bits, device=device)
+        ctx = replace(ctx, plan=replace(plan, dtype=choose_dtype(fast or dtype, device)))
     loaded = load_quantizable(folder, config, hooks, ctx, training=False, bits=bits)
     if compiled:
         compile_generation(loaded)

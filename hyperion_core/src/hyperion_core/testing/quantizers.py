@@ -35,6 +35,7 @@ from .resident import resident_bytes, resident_tensors
 from .tiny import save_biased_base
 
 DEVICES = ("cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
 MISFIT = 48  # a group size that does not divide the widths of the base
 
 
@@ -54,6 +55,7 @@ class QuantizerConformance(PluginConformance):
     device: ClassVar[str] = "cpu"
     learning_rate: ClassVar[float] = 1e-2
     tolerance: ClassVar[float] = 1e-5
+    _kept: ClassVar[Path]
 
     # --- what an author may replace ---
 
@@ -74,10 +76,13 @@ class QuantizerConformance(PluginConformance):
     def trial(self, plugin_class: type[Quantizer], tmp_path: Path, kept: Path) -> Trial:
         return replace(self.on_trial(plugin_class, tmp_path), kept=kept)
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def kept(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """For what is quantized offline: that takes long, and many tests ask for the same."""
-        return tmp_path_factory.mktemp("quantized")
+        """For what is quantized offline: that takes long, and many tests of a class ask for the same."""
+        own = type(self)
+        if "_kept" not in vars(own):
+            own._kept = tmp_path_factory.mktemp("quantized")
+        return own._kept
 
     def on_trial(self, plugin_class: type[Quantizer], folder: Path) -> Trial:
         """The quantizer, its hooks called through pluggy as a run calls them, and its base in `folder`."""
@@ -131,6 +136,15 @@ class QuantizerConformance(PluginConformance):
             assert problems, f'quantizer_check lets the device "{device}" pass, and provides.devices lacks it'
             unnamed = [each for each in sorted(usable) if each not in problems]
             assert not unnamed, f'the refusal of "{device}" does not say that it can use {unnamed}: {problems}'
+
+    def test_it_says_which_type_it_answers_fast_in(self, trial: Trial) -> None:
+        """One that there is, or none; without torch."""
+        for device in DEVICES:
+            with planning("quantizer_inference_dtype"):
+                said = trial.hooks.quantizer_inference_dtype(
+                    config=trial.config(trial.narrow), bits=trial.narrow, device=device
+                )
+            assert said in (None, *DTYPES), f'quantizer_inference_dtype gives {said!r} for "{device}"'
 
     def test_a_group_size_that_does_not_fit_is_refused_or_works(self, trial: Trial) -> None:
         """One that does not divide the width of a layer: refused with a layer's name, or the model works."""
