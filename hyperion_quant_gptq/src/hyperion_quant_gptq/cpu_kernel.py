@@ -1,9 +1,10 @@
 """Fast products on a CPU: torch's own kernel for weights in 4 bits. Loaded only with torch.
 
-A token that is generated reads every weight once, so that its time is the bytes that are read. torch has a kernel that
-reads 4 bits a weight and unpacks them in registers (`aten::_weight_int4pack_mm_for_cpu`, in bfloat16); it computes
-(q - 8) * scale + offset, in groups along a row. 2 and 3 bits fit into it, and 8 are two weights of 4 bits. Grids with
-zero points of their own do not: they take more room, or, by way of the offset, lose digits.
+A token that is generated reads every weight once: in 4 bits a quarter of bfloat16's bytes. torch has a kernel that
+unpacks them in registers (`aten::_weight_int4pack_mm_for_cpu`, fast in bfloat16), which is what it is bound by where
+there is no AVX-512; it computes (q - 8) * scale + offset, in groups along a row. 2 and 3 bits fit into it, 8 are two
+weights of 4 bits. Grids with zero points of their own do not: they take more room, or, by way of the offset, lose
+digits.
 """
 
 from __future__ import annotations
