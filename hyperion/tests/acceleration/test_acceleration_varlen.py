@@ -59,7 +59,7 @@ def test_the_kernel_is_given_each_document_with_what_it_sees(documents, window, 
         )
     )
     for ours, theirs in zip(mine, right, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+        assert torch.allclose(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 def test_a_kernel_that_masks_otherwise_or_is_not_there_is_not_used(monkeypatch):
@@ -79,10 +79,22 @@ def test_a_kernel_that_masks_otherwise_or_is_not_there_is_not_used(monkeypatch):
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
     assert asked(rows_apart)
+    with torch.inference_mode():
+        assert asked(rows_apart), "evaluated first, training would go without it"
     assert not asked(one_more_key)
     assert not asked(without_gradient)
     assert not asked(not_there)
     varlen._agrees.cache_clear()
+
+
+def test_what_an_evaluation_keeps_can_be_trained_with(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", rows_apart)
+    documents = Documents((5, 6), 4)
+    varlen._ends.cache_clear()
+    varlen._places.cache_clear()
+    with torch.inference_mode():
+        varlen.varlen_attention(*states(documents, 2), documents, 0.3, 99)
+    varlen.varlen_attention(*states(documents, 2), documents, 0.3, 99).sum().backward()
 
 
 @pytest.mark.parametrize("documents, window", CASES.values(), ids=CASES)

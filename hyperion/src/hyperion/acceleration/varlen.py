@@ -55,13 +55,15 @@ def varlen_attention(
     return out[None]
 
 
-# every layer of a pass asks for those of the same pack
+# Every layer of a pass asks for the same. What is kept may be made while evaluating, and used in training.
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=2)
+@torch.inference_mode(False)
 def _places(documents: Documents, device: torch.device) -> Tensor:
     """Of the keys that stand in a pack once: where each of them is read, for what all begin with and each document."""
     beginning = range(documents.shared)
@@ -72,27 +74,29 @@ def _places(documents: Documents, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _agrees(device: torch.device, dtype: torch.dtype, width: int, group: int) -> bool:
     """On a few tokens, values and gradients: with and without a beginning in common and a window. A kernel that is
     not there for this GPU, or that counts otherwise, is not used."""
     from .attention import by_torch
 
     generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
     for documents, window in ((Documents((5, 40)), 64), (Documents((3, 20), 9), 64), (Documents((30, 7), 4), 8)):
-        q, k, v = (
-            torch.randn(1, heads, documents.size, width, generator=generator).to(device, dtype).requires_grad_()
-            for heads in (2 * group, 2, 2)
-        )
-        towards = torch.randn(1, documents.size, 2 * group, width, generator=generator).to(device, dtype)
+        q, k, v = (drawn(1, heads, documents.size, width).requires_grad_() for heads in (2 * group, 2, 2))
+        towards = drawn(1, documents.size, 2 * group, width)
         try:
-            with torch.enable_grad():
-                pairs = [
-                    [out, *torch.autograd.grad(out, (q, k, v), towards)]
-                    for out in (
-                        varlen_attention(q, k, v, documents, width**-0.5, window),
-                        by_torch(q, k, v, documents, width**-0.5, window, 0.0),
-                    )
-                ]
+            pairs = [
+                [out, *torch.autograd.grad(out, (q, k, v), towards)]
+                for out in (
+                    varlen_attention(q, k, v, documents, width**-0.5, window),
+                    by_torch(q, k, v, documents, width**-0.5, window, 0.0),
+                )
+            ]
         except RuntimeError:
             return False
         if any(_apart(*pair) > _CLOSE for pair in zip(*pairs, strict=True)):
