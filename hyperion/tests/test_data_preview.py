@@ -16,11 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hyperion.cli.data_preview import preview
+from hyperion.data.collate import Collator
 from hyperion.data.encoding import Encoder
-from hyperion.data.preview.figures import histogram, pack, packing, padding, percentile
+from hyperion.data.preview.figures import histogram, packs, padding, percentile
 from hyperion.data.preview.html import sample_html
 from hyperion.data.preview.spans import Span, shortened, spans
 from hyperion.data.preview.terminal import sample_text
+from hyperion.engine.batches import Batching, RowBatch
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 SPECIALS = ["<s>", "</s>"]
@@ -141,22 +143,15 @@ def test_histogram_counts_every_row_once_and_ends_a_bar_at_max_length(lengths: l
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths=LENGTHS, slack=st.integers(0, 20))
-def test_packs_hold_every_row_once_within_the_limit(lengths: list[int], slack: int) -> None:
-    size = max(lengths) + slack
-    packs = pack(lengths, size)
-    assert sorted(row for rows in packs for row in rows) == list(range(len(lengths)))
-    assert max(sum(lengths[row] for row in rows) for rows in packs) <= size
-
-    rooms: list[int] = []  # best fit decreasing, slowly
-    for length in sorted(lengths, reverse=True):
-        fitting = [number for number, room in enumerate(rooms) if room >= length]
-        if fitting:
-            rooms[min(fitting, key=rooms.__getitem__)] -= length
-        else:
-            rooms.append(size - length)
-    figures = packing(lengths, size)
-    assert (figures.packs, figures.padding) == (len(rooms), sum(rooms))
+@given(lengths=LENGTHS, slack=st.integers(0, 20), rows=st.integers(1, 9))
+def test_packs_are_those_that_a_run_makes(lengths: list[int], slack: int, rows: int) -> None:
+    """By what makes a run's batches, of rows in the order in which they are read."""
+    capacity, order = max(lengths) + slack, list(range(len(lengths)))[::-1]
+    batching = Batching(Collator(0), capacity, sharing=False)
+    loaded = [[{"input_ids": [1] * lengths[row], "labels": [1] * lengths[row]} for row in order[start : start + rows]]
+              for start in range(0, len(order), rows)]  # fmt: skip
+    made = [len(batching([RowBatch(step)])[0]) for step in loaded]
+    assert packs(lengths, order, rows, capacity) == sum(made)
 
 
 @settings(deadline=None, max_examples=60)
@@ -210,7 +205,8 @@ def test_the_command_shows_what_a_run_reads_and_loads_no_weights(cli, cache, tin
     assert all(re.fullmatch(r" \d+\n!<\|im_end\|>|( c)+", answer) for answer in answers), answers
     assert "╌╌ max_length 100" in shown.stdout and "cut at max_length in the" in shown.stdout
     assert re.search(r"^optimizer steps +14 ", shown.stdout, re.MULTILINE)  # ceil(20 / 3) batches, twice
-    assert "does not pack" in shown.stdout and re.search(r"^ok +duplicates: ", shown.stdout, re.MULTILINE)
+    assert re.search(r"^passes through the model +7 of 3 rows +\d of up to 1,024 tokens$", shown.stdout, re.M)
+    assert "This run packs its rows" in shown.stdout and re.search(r"^ok +duplicates: ", shown.stdout, re.MULTILINE)
 
     preview(path, rows=3, html=page)
     text = page.read_text(encoding="utf-8")

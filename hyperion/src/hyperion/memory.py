@@ -23,6 +23,12 @@ def pads(training: TrainingConfig) -> bool:
     return training.packing is False or bool(training.neftune_noise_alpha)  # its noise depends on a row's length
 
 
+def pack_capacity(training: TrainingConfig, longest: int, device: str) -> int:
+    """Tokens of a pack, where the longest row has so many and rows are not padded. As `engine.fit.Speed.capacity`."""
+    usual = _USUAL_PACK if device == "cpu" else longest * training.per_device_train_batch_size
+    return max(longest, training.pack_length or usual)
+
+
 def counted(training: TrainingConfig, facts: ModelFacts) -> bool:
     """Whether a run's forecast is of those whose error is known (benchmarks/results/memory-prediction.md): of a model
     whose layers are counted tensor by tensor, of rows in packs, in fused layers, all in memory."""
@@ -45,9 +51,7 @@ def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype
     where: dict[str, Any] = {"device": device, "offloaded": away, "gives_back": away or training.stream_weights}
     if pads(training):
         return Step(batch * length, length, dtype, None, checkpointed, fused=False, **where)
-    usual = _USUAL_PACK if device == "cpu" else length * batch
-    capacity = max(length, training.pack_length or usual)
-    tokens = min(capacity, length * batch * training.gradient_accumulation_steps)
+    tokens = min(pack_capacity(training, length, device), length * batch * training.gradient_accumulation_steps)
     document = min(length, _KEPT_DOCUMENT)
     return Step(tokens, document, dtype, None, checkpointed, fused=training.fused_layers, longest=length, **where)
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...models.hardware import plan_device
 from .contents import AuditLine, Preview, Sample, SplitFigures
-from .figures import Padding, histogram, packing, padding, percentile
+from .figures import histogram, packs, padding, percentile
 from .spans import shortened, spans
 
 if TYPE_CHECKING:
@@ -23,29 +24,21 @@ _SHOWN_OF_A_TEXT = 600
 
 def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
     """Every figure, `rows` samples, and the audit. Rows with nothing to learn are counted apart."""
+    from ...memory import pack_capacity
     from ...planning import Rows, optimizer_steps
 
     encoded, tokenizer = audited.encoded, audited.tokenizer
     max_length, train = encoded.max_length, encoded.train[1]
     training = config.training
     lengths = _trained(train)
-    pass_over = padding(
-        lengths,
-        _first_epoch(config, lengths),
-        training.per_device_train_batch_size,
-        drop_last=bool(getattr(training, "dataloader_drop_last", None)),
-    )
-    splits = [_figures("training", train, max_length, training.per_device_train_batch_size, pass_over)]
+    size, order = training.per_device_train_batch_size, list(_first_epoch(config, lengths))
+    padded = padding(lengths, order, size, drop_last=bool(getattr(training, "dataloader_drop_last", None)))
+    splits = [_figures("training", train, max_length)]
     if encoded.evaluation is not None:
-        evaluation = encoded.evaluation[1]
-        size, held_out = training.per_device_eval_batch_size, _trained(evaluation)
-        pass_over = padding(held_out, range(len(held_out)), size)
-        splits.append(_figures("evaluation", evaluation, max_length, size, pass_over))
-    packed = packing(lengths, max_length)
-
-    def steps(count: int) -> int:
-        return (optimizer_steps(config, Rows(count, 0))[0] or 0) if count else 0
-
+        splits.append(_figures("evaluation", encoded.evaluation[1], max_length))
+    device = "cpu" if getattr(training, "use_cpu", False) else plan_device()
+    capacity = pack_capacity(training, max(lengths, default=1), device)
+    read, rows_a_step = order[: padded.batches * size], size * training.gradient_accumulation_steps
     return Preview(
         config=config.file.name if config.file else "config",
         base_model=_last_part(config.base_model),
@@ -53,10 +46,13 @@ def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
         max_length=max_length,
         samples=[_sample(train, row, tokenizer) for row in _chosen(_column(train, "uncut"), rows)],
         splits=splits,
-        steps=steps(len(lengths)),
+        steps=(optimizer_steps(config, Rows(len(lengths), 0))[0] or 0) if lengths else 0,
         schedule=_schedule(config),
-        packed=packed,
-        packed_steps=steps(packed.packs),
+        batch_size=size,
+        padded=padded,
+        packs=packs(lengths, read, rows_a_step, capacity),
+        capacity=capacity,
+        why_padded=_why_padded(config),
         audit_summary=_summary(audited.report),
         audit=[_audit_line(finding) for finding in audited.report.findings],
     )
@@ -78,7 +74,7 @@ def _audit_line(finding: Finding) -> AuditLine:
     return AuditLine(finding.name, finding.state, where + finding.what, details)
 
 
-def _figures(name: str, tokens: Dataset, max_length: int, batch_size: int, pass_over: Padding) -> SplitFigures:
+def _figures(name: str, tokens: Dataset, max_length: int) -> SplitFigures:
     uncut, trained = _column(tokens, "uncut"), _trained(tokens)
     ordered = sorted(uncut)
     return SplitFigures(
@@ -92,8 +88,6 @@ def _figures(name: str, tokens: Dataset, max_length: int, batch_size: int, pass_
         longest=ordered[-1],
         cut=[row for row, length in enumerate(uncut) if length > max_length],
         dropped=len(tokens) - len(trained),
-        batch_size=batch_size,
-        pass_over=pass_over,
         bars=histogram(uncut, max_length),
     )
 
@@ -121,6 +115,12 @@ def _first_epoch(config: FinetuneConfig, lengths: list[int]) -> Iterable[int]:
         lengths=lengths,
         group=training.per_device_train_batch_size * training.gradient_accumulation_steps,
     )
+
+
+def _why_padded(config: FinetuneConfig) -> str:
+    if config.training.packing is False:
+        return "packing: false"
+    return "neftune_noise_alpha" if config.training.neftune_noise_alpha else ""
 
 
 def _chosen(lengths: list[int], wanted: int) -> list[int]:

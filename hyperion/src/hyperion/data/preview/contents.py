@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .figures import Bar, Packing, Padding
+from .figures import Bar, Padding
 from .spans import Span
 
 _ROWS_NAMED = 12
@@ -37,8 +37,6 @@ class SplitFigures:
     longest: int
     cut: list[int]
     dropped: int
-    batch_size: int
-    pass_over: Padding
     bars: list[Bar]
 
     @property
@@ -60,7 +58,8 @@ class AuditLine:
 class Preview:
     """Everything that is shown of a config's data.
 
-    `packed_steps` is what `steps` would be with packs for rows, at the same batch size.
+    `padded` is the first epoch of the training data in batches of `batch_size` rows, `packs` the same in packs of up to
+    `capacity` tokens; `why_padded` is the key that keeps the run from packing, "" where none does.
     """
 
     config: str
@@ -71,8 +70,11 @@ class Preview:
     splits: list[SplitFigures]
     steps: int
     schedule: str
-    packed: Packing
-    packed_steps: int
+    batch_size: int
+    padded: Padding
+    packs: int
+    capacity: int
+    why_padded: str
     audit_summary: str = ""
     audit: list[AuditLine] = field(default_factory=list)
 
@@ -87,32 +89,29 @@ def figure_rows(preview: Preview) -> list[tuple[str, list[str]]]:
         ("tokens a row", [f"{s.shortest:,} to {s.longest:,}, median {s.median:,}, 95% ≤ {s.p95:,}" for s in splits]),
         ("cut at max_length", [f"{len(split.cut):,}" for split in splits]),
         ("left out, nothing to learn", [f"{split.dropped:,}" for split in splits]),
-        ("batches", [f"{split.pass_over.batches:,} of {split.batch_size}" for split in splits]),
-        ("padding", [f"{split.pass_over.padding:,} ({percent(split.pass_over.share)})" for split in splits]),
         ("optimizer steps", [f"{preview.steps:,}" if number == 0 else "–" for number in range(len(splits))]),
     ]
 
 
 def packing_rows(preview: Preview) -> list[tuple[str, str, str]]:
-    """What packing would do: a label, what it is now, what it would be."""
-    now, then = preview.splits[0].pass_over, preview.packed
-    then_share = then.padding / max(1, then.packs * then.size)
+    """What the model is given in an epoch of the training data: a label, then padded and packed."""
+    padded = preview.padded
     return [
-        ("rows to read", f"{preview.splits[0].rows:,} rows", f"{then.packs:,} packs of up to {then.size:,} tokens"),
-        ("filled with tokens", percent(1 - now.share), percent(then.fill)),
-        ("padding", f"{now.padding:,} ({percent(now.share)})", f"{then.padding:,} ({percent(then_share)})"),
-        ("optimizer steps", f"{preview.steps:,}", f"{preview.packed_steps:,}"),
+        (
+            "passes through the model",
+            f"{padded.batches:,} of {preview.batch_size:,} rows",
+            f"{preview.packs:,} of up to {preview.capacity:,} tokens",
+        ),
+        ("tokens", f"{padded.tokens + padded.padding:,}", f"{padded.tokens:,}"),
+        ("of them padding", f"{padded.padding:,} ({percent(padded.share)})", "none"),
     ]
 
 
 def packing_note(preview: Preview) -> str:
-    """What packing would spare, and that this version does not pack."""
-    saved = preview.splits[0].pass_over.padding - preview.packed.padding
-    if saved > 0:
-        effect = f"Packing would save {saved:,} padding tokens an epoch."
-    else:
-        effect = f"Packing would not help: it would add {-saved:,} padding tokens an epoch." if saved else ""
-    return f"{effect} This version trains padded batches, and does not pack.".strip()
+    """Which of the two the run does. Packed, a step learns from the same rows: it is not one of fewer steps."""
+    if preview.why_padded:
+        return f"This run pads its rows ({preview.why_padded}). Packed, it would learn the same."
+    return "This run packs its rows, if its model can be given packs: a step learns the same as padded."
 
 
 def named_rows(numbers: Sequence[int]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ...acceleration.documents import shared_out
+
 _MOST_BARS = 20
 
 
@@ -30,23 +32,6 @@ class Padding:
     def share(self) -> float:
         """Padding of all that is read."""
         return self.padding / max(1, self.tokens + self.padding)
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Rows put together into packs of at most `size` tokens; padding is what fills every pack up to that."""
-
-    size: int
-    packs: int
-    tokens: int
-
-    @property
-    def padding(self) -> int:
-        return self.packs * self.size - self.tokens
-
-    @property
-    def fill(self) -> float:
-        return self.tokens / max(1, self.packs * self.size)
 
 
 def histogram(lengths: Sequence[int], max_length: int) -> list[Bar]:
@@ -110,34 +95,12 @@ def padding(lengths: Sequence[int], order: Iterable[int], batch_size: int, *, dr
     return Padding(batches, tokens, read - tokens)
 
 
-def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of each pack, by best fit decreasing: the longest row first, each into the fullest pack that it fits.
+def packs(lengths: Sequence[int], order: Iterable[int], rows_a_step: int, capacity: int) -> int:
+    """Packs of at most `capacity` tokens in one pass: those of each optimizer step are made of its own rows.
 
-    At most 11/9 of the fewest packs possible, plus 4 (Johnson, "Near-optimal bin packing algorithms", 1973).
-
-    Args:
-        lengths: tokens of each row, at most `size`.
+    What all rows of a pack begin with counts in each of them here, though it is computed once.
     """
-    packs: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    rooms = 0  # bit r is set where some pack has room for just r more tokens
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        fitting = rooms >> lengths[row]
-        if fitting:
-            room = lengths[row] + (fitting & -fitting).bit_length() - 1
-            number = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-            packs[number].append(row)
-        else:
-            room, number = size, len(packs)
-            packs.append([row])
-        left = room - lengths[row]
-        by_room.setdefault(left, []).append(number)
-        rooms |= 1 << left
-    return packs
-
-
-def packing(lengths: Sequence[int], size: int) -> Packing:
-    """What packing all rows into packs of `size` would come to."""
-    return Packing(size, len(pack(lengths, size)), sum(lengths))
+    rows = [lengths[row] for row in order]
+    return sum(
+        len(shared_out(rows[start : start + rows_a_step], capacity)) for start in range(0, len(rows), rows_a_step)
+    )

@@ -209,11 +209,12 @@ def _totals(preview: Preview) -> str:
     table = _table(
         ["", *(split.name for split in preview.splits)], ([label, *texts] for label, texts in figure_rows(preview))
     )
-    return table + f'<p class="quiet">{_text(preview.schedule)} Padding is that of the first epoch.</p>'
+    return table + f'<p class="quiet">{_text(preview.schedule)}</p>'
 
 
 def _packing(preview: Preview) -> str:
-    return f'{_table(["", "now", "packed"], packing_rows(preview))}<p class="quiet">{_text(packing_note(preview))}</p>'
+    table = _table(["", "padded", "packed"], packing_rows(preview))
+    return f'{table}<p class="quiet">{_text(packing_note(preview))}</p>'
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -46,9 +46,10 @@ def show(preview: Preview, console: Console) -> None:
             console.print(Text(cut, style="yellow"))
     _head(console, "Totals")
     console.print(_table(["", *(split.name for split in preview.splits)], figure_rows(preview)))
-    console.print(Text(f"{preview.schedule} Padding is that of the first epoch.", style="dim"))
+    console.print(Text(preview.schedule, style="dim"))
     _head(console, "Packing")
-    console.print(_table(["", "now", "packed"], ((label, [now, then]) for label, now, then in packing_rows(preview))))
+    packing = ((label, [padded, packed]) for label, padded, packed in packing_rows(preview))
+    console.print(_table(["", "padded", "packed"], packing))
     console.print(Text(packing_note(preview), style="dim"))
     _head(console, "Audit")
     for finding in preview.audit:
