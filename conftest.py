@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import tempfile
@@ -37,6 +38,12 @@ with contextlib.suppress(ImportError):
     settings.load_profile("repeatable")
 
 pytest_plugins = ["hyperion_core.testing.fixtures"]
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays: the collector, which libraries and runs call, need not look through torch each time.
+    gc.collect()
+    gc.freeze()
 
 
 # Core and framework are measured, by their own tests and those of the whole: measuring takes half as long again.

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from forking import forking_hyperion
+from forking import fork_in
 from hyperion_docs.blocks import blocks, environment, matches, patched, run_page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -38,9 +37,7 @@ def test_a_page_prints_what_it_says(page: str, tmp_path: Path) -> None:
     for folder in ("work", "reader"):
         (tmp_path / folder).mkdir()
     reader = environment(tmp_path / "reader")
-    scripts = Path(reader["PATH"].partition(os.pathsep)[0])
-    command = shlex.join(forking_hyperion(scripts / "python"))
-    (scripts / "hyperion").write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+    fork_in(Path(reader["PATH"].partition(os.pathsep)[0]))
     outcomes, _ = run_page((DOCS / page).read_text(encoding="utf-8"), tmp_path / "work", reader)
     other = [f"$ {each.command}\n{each.printed}" for each in outcomes if not each.as_expected]
     assert not other, f"{page} says something else than is printed:\n" + "\n".join(other)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,16 +25,29 @@ _HERE = Path(__file__).parent
 READ_LATE = frozenset({"HYPERION_CACHE", "PYTHONPATH"})
 
 
-def forking_hyperion(python: Path | None = None) -> tuple[str, ...]:
-    """What to put before a command's arguments, in place of `python -m hyperion`.
+def forking_hyperion() -> tuple[str, ...]:
+    """What to put before a command's arguments, in place of `python -m hyperion`."""
+    return _client("hyperion") if hasattr(os, "fork") else tuple(Command.program)
 
-    Args:
-        python: of a virtual environment, as if that interpreter ran it.
-    """
+
+def fork_in(scripts: Path) -> None:
+    """Make `hyperion`, `python -c CODE` and `python FILE.py` fork, of a virtual environment's folder of programs; any
+    other use of `python` is the environment's own."""
     if not hasattr(os, "fork"):
-        return str(python or sys.executable), "-m", "hyperion"
-    client = (sys.executable, "-I", "-S", str(_HERE / "client.py"))
-    return *client, *(("--python", str(python)) if python else ()), str(_server())
+        return
+    own = scripts / "python-itself"
+    (scripts / "python").rename(own)
+    hyperion, python = (shlex.join(_client(program, own)) for program in ("hyperion", "python"))
+    for name, script in (
+        ("hyperion", f'exec {hyperion} "$@"'),
+        ("python", f'case "$1" in -c|*.py) exec {python} "$@";; *) exec {shlex.quote(str(own))} "$@";; esac'),
+    ):
+        (scripts / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (scripts / name).chmod(0o755)
+
+
+def _client(program: str, interpreter: Path | str = "") -> tuple[str, ...]:
+    return sys.executable, "-I", "-S", str(_HERE / "client.py"), str(_server()), str(interpreter), program
 
 
 @cache

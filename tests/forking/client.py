@@ -1,6 +1,7 @@
-"""Stands for a command that `server.py` runs: `python -I -S client.py SOCKET ARGUMENTS`.
+"""Stands for a command that `server.py` runs: `python -I -S client.py SOCKET INTERPRETER PROGRAM ARGUMENTS`.
 
-With `--python FILE` before the socket, as if that interpreter, of a virtual environment, ran it.
+INTERPRETER: the one that seems to run it, of a virtual environment; "" is the server's own. PROGRAM: "hyperion", or
+"python", of which ARGUMENTS are `-c CODE …` or `FILE …`.
 """
 
 import json
@@ -13,12 +14,9 @@ from types import FrameType
 
 
 def main(arguments: list[str]) -> int:
-    python = ""
-    if arguments[0] == "--python":
-        _, python, *arguments = arguments
-    address, *given = arguments
-    request = json.dumps({"arguments": given, "python": python, "folder": os.getcwd(), "environ": dict(os.environ)})
-    content = request.encode("utf-8", "surrogateescape")
+    address, interpreter, program, *given = arguments
+    asked = {"interpreter": interpreter, "program": program, "arguments": given}
+    content = json.dumps({**asked, "folder": os.getcwd(), "environ": dict(os.environ)}).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
 

@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -115,29 +116,27 @@ def _report(children: dict[int, socket.socket], selector: selectors.BaseSelector
 
 
 def _run(request: dict[str, Any]) -> NoReturn:
-    """Be what `python -m hyperion` is in the client's folder and environment."""
+    """Be the program that was asked for, in the client's folder and environment."""
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environ"])
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [request["folder"], *(entry for entry in map(os.path.abspath, given) if entry not in sys.path)]
-    if request["python"]:
+    if request["interpreter"]:
         import site
 
-        sys.executable = request["python"]
+        sys.executable = request["interpreter"]
         sys.prefix = sys.exec_prefix = str(Path(sys.executable).parent.parent)
         for folder in site.getsitepackages([sys.prefix]):
             site.addsitedir(folder)
     importlib.invalidate_caches()
-    sys.argv = ["hyperion", *request["arguments"]]
-    from hyperion.cli.main import run
-
-    code: object = 1
+    code: object = 0
     try:
-        run()
+        _PROGRAMS[request["program"]](request["arguments"])
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
+        code = 1
         sys.excepthook(*sys.exc_info())
     # As an interpreter ends, but for taking all modules down, for which each of their pages would be copied.
     threading._shutdown()  # type: ignore[attr-defined]
@@ -146,6 +145,25 @@ def _run(request: dict[str, Any]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
+
+
+def _hyperion(arguments: list[str]) -> None:
+    from hyperion.cli.main import run
+
+    sys.argv = ["hyperion", *arguments]
+    run()
+
+
+def _python(arguments: list[str]) -> None:
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+_PROGRAMS = {"hyperion": _hyperion, "python": _python}
 
 
 if __name__ == "__main__":
