@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import forking_python
 from hyperion_core.errors import ConfigError, HyperionError
 
 from hyperion.comparison import runner
@@ -200,7 +201,7 @@ def test_a_varied_base_model_is_no_surprise(folder: Path, behave: Any) -> None:
     assert not any("Careful" in note for note in notes(grid, rows))
 
 
-def test_a_row_that_was_killed_before_its_manifest_starts_again(folder: Path, tiny_model: Path) -> None:
+def test_a_row_that_was_killed_before_its_manifest_starts_again(folder: Path, tiny_model: Path, rows_fork: str) -> None:
     """Without checkpoints there is nothing to go on from, and its folder is not empty."""
     write_config(folder, tiny_model, save_strategy="no")
     grid = {"quantization.method": [None]}
@@ -217,6 +218,13 @@ def test_a_row_that_was_killed_before_its_manifest_starts_again(folder: Path, ti
 def heeding_ctrl_c() -> None:
     """What is started by a job in the background ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def rows_fork(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rows are forked from a process that has imported what they need. Gives what starts them."""
+    monkeypatch.setattr(sys, "executable", str(forking_python(tmp_path_factory.mktemp("forking"))))
+    return sys.executable
 
 
 def start(folder: Path, *vary: str, code: str = "") -> subprocess.Popen[str]:
@@ -255,7 +263,7 @@ def test_ctrl_c_stops_the_row_and_says_how_to_go_on(signum: int, folder: Path) -
 
 
 @pytest.mark.slow
-def test_rows_train_resume_and_measure(folder: Path, tiny_model: Path) -> None:
+def test_rows_train_resume_and_measure(folder: Path, tiny_model: Path, rows_fork: str) -> None:
     import math
 
     import torch

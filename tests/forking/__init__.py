@@ -30,24 +30,35 @@ def forking_hyperion() -> tuple[str, ...]:
     return _client("hyperion") if hasattr(os, "fork") else tuple(Command.program)
 
 
-def fork_in(scripts: Path) -> None:
-    """Make `hyperion`, `python -c CODE` and `python FILE.py` fork, of a virtual environment's folder of programs; any
-    other use of `python` is the environment's own."""
+def forking_python(folder: Path) -> Path:
+    """Write a `python` into `folder` that forks what it is given as `-c CODE` or `FILE.py`, in which it is
+    `sys.executable`; for all else it is this interpreter. Gives its path."""
     if not hasattr(os, "fork"):
-        return
-    own = scripts / "python-itself"
-    (scripts / "python").rename(own)
-    hyperion, python = (shlex.join(_client(program, own)) for program in ("hyperion", "python"))
-    for name, script in (
-        ("hyperion", f'exec {hyperion} "$@"'),
-        ("python", f'case "$1" in -c|*.py) exec {python} "$@";; *) exec {shlex.quote(str(own))} "$@";; esac'),
-    ):
-        (scripts / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        (scripts / name).chmod(0o755)
+        return Path(sys.executable)
+    return _python(folder / "python", str(folder / "python"), sys.executable)
 
 
-def _client(program: str, interpreter: Path | str = "") -> tuple[str, ...]:
-    return sys.executable, "-I", "-S", str(_HERE / "client.py"), str(_server()), str(interpreter), program
+def fork_in(scripts: Path) -> None:
+    """Make such a `python`, and `hyperion`, of the folder of programs of a virtual environment."""
+    if hasattr(os, "fork"):
+        own = str((scripts / "python").rename(scripts / "python-itself"))
+        _python(scripts / "python", own, own)
+        _script(scripts / "hyperion", f'exec {shlex.join(_client("hyperion", own))} "$@"')
+
+
+def _python(file: Path, seems: str, otherwise: str) -> Path:
+    fork = shlex.join(_client("python", seems))
+    return _script(file, f'case "$1" in -c|*.py) exec {fork} "$@";; esac\nexec {shlex.quote(otherwise)} "$@"')
+
+
+def _script(file: Path, text: str) -> Path:
+    file.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+def _client(program: str, interpreter: str = "") -> tuple[str, ...]:
+    return sys.executable, "-I", "-S", str(_HERE / "client.py"), str(_server()), interpreter, program
 
 
 @cache

@@ -13,6 +13,7 @@ import os
 import runpy
 import selectors
 import signal
+import site
 import socket
 import struct
 import sys
@@ -123,12 +124,12 @@ def _run(request: dict[str, Any]) -> NoReturn:
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [request["folder"], *(entry for entry in map(os.path.abspath, given) if entry not in sys.path)]
     if request["interpreter"]:
-        import site
-
         sys.executable = request["interpreter"]
-        sys.prefix = sys.exec_prefix = str(Path(sys.executable).parent.parent)
-        for folder in site.getsitepackages([sys.prefix]):
-            site.addsitedir(folder)
+        prefix = Path(sys.executable).parent.parent
+        if (prefix / "pyvenv.cfg").is_file():
+            sys.prefix = sys.exec_prefix = str(prefix)
+            for folder in site.getsitepackages([sys.prefix]):
+                site.addsitedir(folder)
     importlib.invalidate_caches()
     code: object = 0
     try:
