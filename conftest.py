@@ -46,13 +46,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# Core and framework are measured, by their own tests and those of the whole: measuring takes half as long again.
+# Core and framework are measured, by their own tests and those of the whole, but for slow ones: measuring takes half as
+# long again, and what these go through, others do too.
 _MEASURED = tuple(Path(__file__).parent / folder for folder in ("tests", "hyperion", "hyperion_core"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not any(item.path.is_relative_to(folder) for folder in _MEASURED):
+        if item.get_closest_marker("slow") or not any(item.path.is_relative_to(folder) for folder in _MEASURED):
             item.add_marker("no_cover")
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:

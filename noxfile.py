@@ -25,6 +25,8 @@ DISTRIBUTIONS = sorted(
     for pattern in ("hyperion_*/pyproject.toml", "plugins/hyperion_*/pyproject.toml")
     for project in ROOT.glob(pattern)
 )
+# A file's tests stay together, for they share what is costly to set up; each process of pytest holds a torch.
+SPREAD = ["--numprocesses", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile"]
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 BENCHMARKS = ["training_speed", "inference_latency", "memory_prediction", "streamed_weights", "convergence"]
 
@@ -73,9 +75,7 @@ def tests(session: nox.Session) -> None:
     """All tests, with the coverage of core and framework. `nox -s tests -- PYTEST_ARGUMENTS` runs a part, ungated."""
     install_everything(session, "[dev]")
     gate = ["--cov=hyperion", "--cov=hyperion_core", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
-    # a file's tests stay together, for they share what is costly to set up; each process of pytest holds a torch
-    spread = ["--numprocesses", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile"]
-    session.run("pytest", *(session.posargs or [*gate, *spread]), env=OFFLINE)
+    session.run("pytest", *(session.posargs or [*gate, *SPREAD]), env=OFFLINE)
 
 
 @nox.session
@@ -109,8 +109,8 @@ def docs(session: nox.Session) -> None:
 @nox.session(python=CORE_PYTHONS, download_python="never")
 def core(session: nox.Session) -> None:
     """The core's own tests on every Python present, with nothing else installed: no framework, no torch."""
-    install(session, "./hyperion_core[testing]")
-    session.run("pytest", "hyperion_core/tests", *session.posargs)
+    install(session, "./hyperion_core[testing]", "pytest-xdist")
+    session.run("pytest", "hyperion_core/tests", *(session.posargs or SPREAD))
 
 
 @nox.session

@@ -95,7 +95,7 @@ def test_train_refuses_a_folder_that_is_taken(cli, tiny_model: Path, tmp_path: P
 
 
 def test_train_without_network_says_what_to_do(cli, tmp_path: Path) -> None:
-    done = cli("train", config_file(tmp_path, Path("owner/model")), "--output_dir", "out", env={"HF_HUB_OFFLINE": "1"})
+    done = cli("train", config_file(tmp_path, Path("owner/model")), "--output_dir", "out")
     assert done.code == 2
     assert "fix:" in done.stderr
     assert "Traceback" not in done.stderr

@@ -42,6 +42,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
         return torch.cat([model(input_ids=each).logits[0] for each in ids])
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("changes, overrides", CASES)
 def test_merged_it_gives_the_logits_of_the_tuned_model(
     rtn: None, changes: dict, overrides: dict, tmp_path: Path, request: pytest.FixtureRequest

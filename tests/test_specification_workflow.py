@@ -75,11 +75,11 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
         instruction_template="<instruction>\n{instruction}\n</instruction>",
         input_template="<input>\n{input}\n</input>",
         output_template="<output>\n{output}\n</output>",
-        sample_limit=40,
+        sample_limit=20,
         validation_split=0.2,
     )
     train_dataset, eval_dataset = processor.prepare()
-    assert (len(train_dataset), len(eval_dataset)) == (32, 8)
+    assert (len(train_dataset), len(eval_dataset)) == (16, 4)
     assert len(train_dataset.select(range(3))) == 3
 
     artifact = Trainer(config=config).train(
@@ -89,8 +89,8 @@ def test_steps_2_to_4_run_as_written(alpaca: Path, tmp_path: Path, monkeypatch: 
         num_train_epochs=1,
         metric_for_best_model="eval_loss",
         logging_steps=1,
-        eval_steps=2,
-        save_steps=2,
+        eval_steps=1,
+        save_steps=1,
         eval_samples=1,
     )
     lines = [json.loads(line) for line in (artifact.folder / "metrics.jsonl").read_text().splitlines()]

@@ -200,5 +200,4 @@ def test_what_is_accepted_can_be_planned_or_is_refused_then(data: Any, tmp_path:
     assert planned is None or isinstance(planned, Planned)
 
 
-if LONG:
-    pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.no_cover, *([pytest.mark.slow] if LONG else [])]

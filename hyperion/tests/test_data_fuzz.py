@@ -23,6 +23,8 @@ from hyperion.data import DatasetProcessor
 from hyperion.data.resolution import SUFFIXES
 from hyperion.data.tokenization import TokenReport, tokenize_rows, trainable
 
+pytestmark = pytest.mark.no_cover
+
 IGNORED = -100
 NAMES = (
     "prompt",

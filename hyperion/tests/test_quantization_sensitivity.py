@@ -145,6 +145,7 @@ def test_figures_that_are_not_finite_are_refused() -> None:
     assert "not finite" in caught.value.why and "float32" in caught.value.fix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [0, 20_000])
 def test_a_large_model_is_measured_in_parts_and_the_figures_are_the_same(
     held: int, monkeypatch: pytest.MonkeyPatch

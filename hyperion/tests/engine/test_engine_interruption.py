@@ -95,6 +95,7 @@ def whole_runs(tiny, tmp_path_factory):
     return runs
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name, owner, method, call", MOMENTS)
 def test_a_run_that_a_signal_ended_goes_on_exactly(
     name, owner, method, call, tiny, whole_runs, tmp_path, signal_at

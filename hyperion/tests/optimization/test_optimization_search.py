@@ -53,6 +53,7 @@ def test_a_70b_is_planned_from_its_config_without_torch(large: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_more_memory_never_gives_a_slower_plan_and_every_plan_fits(large: Path) -> None:
     from hyperion.config import FinetuneConfig
     from hyperion.optimization.search import search
@@ -132,6 +133,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert size_in_bytes(text) == size
 
 
+@pytest.mark.slow
 def test_no_more_layers_are_computed_again_than_the_memory_asks_for(large: Path) -> None:
     """Of the slowest and smallest way between none and all: one layer less would not fit."""
     from hyperion.config import FinetuneConfig
@@ -278,6 +280,7 @@ def test_what_a_run_refuses_is_refused_with_the_same_reason(small: Path) -> None
         search(FinetuneConfig.parse(asked), 2**40, "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "least"), [("cpu", "weights streamed"), ("cuda", "activations in RAM")])
 def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, least: str, small: Path) -> None:
     """And only then."""
