@@ -195,7 +195,7 @@ def _no_sharing() -> None:
 def _torch_attention() -> None:
     from hyperion.acceleration import attention
 
-    attention._BlockedAttention.apply = partial(attention._by_torch, dropout=0.0)  # type: ignore[method-assign]
+    attention._BlockedAttention.apply = partial(attention.by_torch, dropout=0.0)  # type: ignore[method-assign]
 
 
 def _peft_layers() -> None:
