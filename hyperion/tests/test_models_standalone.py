@@ -48,6 +48,13 @@ def test_a_quantized_one_is_loaded_by_the_plugin_that_reads_it(tiny_model: Path,
     assert not any(each.requires_grad for each in model.parameters())
 
 
+def _saying(dtype: str | None) -> Any:
+    def quantizer_inference_dtype(self: Any, device: str) -> str | None:
+        return dtype
+
+    return quantizer_inference_dtype
+
+
 def test_left_to_itself_it_answers_in_the_type_that_the_quantizer_is_fast_in(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,8 +66,7 @@ def test_left_to_itself_it_answers_in_the_type_that_the_quantizer_is_fast_in(
     for said, dtype, expected in (
         ("bfloat16", "auto", torch.bfloat16), (None, "auto", torch.float32), ("bfloat16", "float32", torch.float32),
     ):  # fmt: skip
-        hook = lambda self, device, said=said: said  # noqa: E731 # a hook takes what it asks for
-        monkeypatch.setattr(plugin, "quantizer_inference_dtype", hook, raising=False)
+        monkeypatch.setattr(plugin, "quantizer_inference_dtype", _saying(said), raising=False)
         assert load_standalone(tmp_path / "out", dtype=dtype).model.dtype == expected
 
 

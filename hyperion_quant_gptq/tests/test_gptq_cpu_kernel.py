@@ -89,7 +89,7 @@ def test_for_many_inputs_it_is_the_product_with_the_unpacked_weight(
     native: bool, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a processor that multiplies bfloat16, and on one that does not."""
-    monkeypatch.setattr(cpu_kernel, "_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(cpu_kernel, "_MULTIPLIES_BFLOAT16", native)
     module, x = linear(4), inputs(300).requires_grad_()
     found = module(x)
     expected = x.double() @ module.unpacked().double().T + 1
@@ -131,9 +131,14 @@ def test_what_it_keeps_is_made_anew_when_the_weight_changes(products: list[int])
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_it_is_part_of_one_graph_when_a_model_is_compiled(bits: int) -> None:
-    module, x = linear(bits), inputs(1, 1)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (8, 32), (4, 16)], ids=str)
+def test_it_is_part_of_one_graph_when_a_model_is_compiled(
+    bits: int, group_size: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel does not take it, and the weight is unpacked."""
+    monkeypatch.setattr(cpu_kernel, "_MULTIPLIES_BFLOAT16", native)
+    module, x = linear(bits, group_size), inputs(1, 1)
     with torch.no_grad():
         expected = module(x)
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), expected)

@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
             signal.signal(number, hand_on)
         (status,) = struct.unpack("!i", connection.recv(4, socket.MSG_WAITALL))
     if status < 0:  # it was killed: so is this
-        signal.signal(-status, signal.SIG_DFL)
+        if status != -signal.SIGKILL:  # which cannot be handled
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return int(status)
 

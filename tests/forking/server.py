@@ -72,7 +72,12 @@ def _next_child(listener: socket.socket) -> dict[str, Any] | None:
                     _report(children, selector)
                 elif key.fileobj is listener:
                     connection, _ = listener.accept()
-                    request, streams = _received(connection)
+                    connection.setblocking(True)  # where it has that from the listener
+                    try:
+                        request, streams = _received(connection)
+                    except (OSError, ValueError, struct.error):  # a client that was ended at once
+                        connection.close()
+                        continue
                     if child := os.fork():
                         children[child] = connection
                         selector.register(connection, selectors.EVENT_READ, child)
@@ -136,6 +141,8 @@ def _run(request: dict[str, Any]) -> NoReturn:
         _PROGRAMS[request["program"]](request["arguments"])
     except SystemExit as stop:
         code = stop.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
     except BaseException:
         code = 1
         sys.excepthook(*sys.exc_info())

@@ -75,6 +75,12 @@ def test_a_kernel_that_masks_otherwise_or_is_not_there_is_not_used(monkeypatch):
     def without_gradient(q, *given, **options):
         return rows_apart(q.detach(), *given, **options)
 
+    def not_a_number(*given, **options):
+        return rows_apart(*given, **options) * float("nan")
+
+    def of_an_older_torch(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError("never called")
+
     def not_there(*given, **options):
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
@@ -84,6 +90,8 @@ def test_a_kernel_that_masks_otherwise_or_is_not_there_is_not_used(monkeypatch):
     assert not asked(one_more_key)
     assert not asked(without_gradient)
     assert not asked(not_there)
+    assert not asked(not_a_number)
+    assert not asked(of_an_older_torch)
     varlen._agrees.cache_clear()
 
 
@@ -112,7 +120,7 @@ def test_torch_takes_what_it_is_given(documents, window):
 @pytest.mark.parametrize("documents, window", CASES.values(), ids=CASES)
 def test_on_a_gpu_it_is_used_and_agrees(documents, window, groups, monkeypatch):
     given = states(documents, groups, torch.bfloat16, "cuda")
-    assert varlen.served(*given[:2])
+    assert varlen.served(*given)
     mine, _ = document_attention(
         torch.nn.Identity(), *given, None, documents=documents, scaling=0.3, sliding_window=window
     )

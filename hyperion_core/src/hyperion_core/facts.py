@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,10 @@ class ModelFacts:
     @cached_property
     def _hash(self) -> int:
         return hash((self.source, self.modules))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process hashes otherwise."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def _linear(self) -> tuple[ModuleFact, ...]:

@@ -9,8 +9,6 @@ digits.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -19,6 +17,8 @@ from .grouping import KERNEL_GROUP_SIZES
 _ROWS = 16  # a multiple of so many outputs
 _MOST_INPUTS = 256  # of more it is faster to unpack the weight once
 _MIDDLE = 8
+# a constant: what asks for it may be compiled
+_MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
@@ -42,14 +42,9 @@ def serves(x: Tensor) -> bool:
 def unpacked_product(x: Tensor, weight: Tensor) -> Tensor:
     """x · Wᵀ in the type of x, (..., in) by (out, in). A processor that cannot multiply bfloat16 computes in float32:
     torch's own product goes that way on one core alone."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bfloat16():
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _MULTIPLIES_BFLOAT16:
         return (x.float() @ weight.float().T).to(x.dtype)
     return x @ weight.to(x.dtype).T
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class KernelWeight:

@@ -139,7 +139,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.table.rows().to(gradient.dtype), None
+        return unpacked_product(gradient, ctx.table.rows().T), None
 
 
 def pack_embeddings(model: Any, bits: int, head_rounded: Rounded | None = None) -> None:

@@ -126,7 +126,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.module.unpacked().to(gradient.dtype), None
+        return unpacked_product(gradient, ctx.module.unpacked().T), None
 
 
 class _Sizes:

@@ -71,7 +71,7 @@ def document_attention(
     window = sliding_window or query.shape[2]
     if query.device.type == "cpu" and not dropout:
         return _BlockedAttention.apply(query, key, value, documents, scale, window), None
-    if not dropout and served(query, key):
+    if not dropout and served(query, key, value):
         return varlen_attention(query, key, value, documents, scale, window), None
     return by_torch(query, key, value, documents, scale, window, dropout), None
 

@@ -25,12 +25,12 @@ _WIDEST = 256  # of a head
 _CLOSE = 0.02  # of the norm: a 16-bit type rounds by less, and another mask makes more of a difference
 
 
-def served(query: Tensor, key: Tensor) -> bool:
+def served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel takes such states (1, heads, T, D), and was seen to give what torch's own attention does."""
     if varlen_attn is None or query.device.type != "cuda" or query.dtype not in _TYPES:
         return False
     width = query.shape[-1]
-    if width % 8 or width > _WIDEST:
+    if width % 8 or width > _WIDEST or value.shape[-1] != width:
         return False
     return _agrees(query.device, query.dtype, width, query.shape[1] // key.shape[1])
 
@@ -97,9 +97,9 @@ def _agrees(device: torch.device, dtype: torch.dtype, width: int, group: int) ->
                     by_torch(q, k, v, documents, width**-0.5, window, 0.0),
                 )
             ]
-        except RuntimeError:
+        except (RuntimeError, TypeError, ValueError):  # an older torch has other arguments
             return False
-        if any(_apart(*pair) > _CLOSE for pair in zip(*pairs, strict=True)):
+        if not all(_apart(*pair) <= _CLOSE for pair in zip(*pairs, strict=True)):  # not of NaN
             return False
     return True
 

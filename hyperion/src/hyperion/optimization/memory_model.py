@@ -259,7 +259,7 @@ def _layer_bytes(
     if attends:
         numbers += sum(layer[name].shape[0] for name in ("q_proj", "k_proj", "v_proj"))
         bytes_more += _probabilities(facts, layer, step)
-        if step.device != "cpu":  # torch's kernels: the output, and keys and values repeated for each query head
+        if step.device != "cpu":  # the output, and at most keys and values repeated for each query head
             numbers += 3 * layer["q_proj"].shape[0]
     if gated:
         numbers += layer["gate_proj"].shape[0] + layer["up_proj"].shape[0]

@@ -34,10 +34,12 @@ def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
     size, order = training.per_device_train_batch_size, list(_first_epoch(config, lengths))
     padded = padding(lengths, order, size, drop_last=bool(getattr(training, "dataloader_drop_last", None)))
     splits = [_figures("training", train, max_length)]
+    longest = max(lengths, default=1)
     if encoded.evaluation is not None:
         splits.append(_figures("evaluation", encoded.evaluation[1], max_length))
+        longest = max([longest, *_trained(encoded.evaluation[1])])
     device = "cpu" if getattr(training, "use_cpu", False) else plan_device()
-    capacity = pack_capacity(training, max(lengths, default=1), device)
+    capacity = pack_capacity(training, longest, device)
     read, rows_a_step = order[: padded.batches * size], size * training.gradient_accumulation_steps
     return Preview(
         config=config.file.name if config.file else "config",
@@ -118,9 +120,9 @@ def _first_epoch(config: FinetuneConfig, lengths: list[int]) -> Iterable[int]:
 
 
 def _why_padded(config: FinetuneConfig) -> str:
-    if config.training.packing is False:
-        return "packing: false"
-    return "neftune_noise_alpha" if config.training.neftune_noise_alpha else ""
+    if config.training.neftune_noise_alpha:
+        return "with neftune_noise_alpha a row's noise depends on its length"
+    return "packing is false; packed, it would learn the same" if config.training.packing is False else ""
 
 
 def _chosen(lengths: list[int], wanted: int) -> list[int]:

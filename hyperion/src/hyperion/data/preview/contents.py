@@ -59,7 +59,7 @@ class Preview:
     """Everything that is shown of a config's data.
 
     `padded` is the first epoch of the training data in batches of `batch_size` rows, `packs` the same in packs of up to
-    `capacity` tokens; `why_padded` is the key that keeps the run from packing, "" where none does.
+    `capacity` tokens; `why_padded` is what keeps the run from packing, "" where nothing does.
     """
 
     config: str
@@ -110,8 +110,11 @@ def packing_rows(preview: Preview) -> list[tuple[str, str, str]]:
 def packing_note(preview: Preview) -> str:
     """Which of the two the run does. Packed, a step learns from the same rows: it is not one of fewer steps."""
     if preview.why_padded:
-        return f"This run pads its rows ({preview.why_padded}). Packed, it would learn the same."
-    return "This run packs its rows, if its model can be given packs: a step learns the same as padded."
+        return f"This run pads its rows: {preview.why_padded}."
+    return (
+        "This run packs its rows, if its model can be given packs: a step learns the same as padded. What all rows of "
+        "a pack begin with is read once, and counted in each of them here."
+    )
 
 
 def named_rows(numbers: Sequence[int]) -> str:
