@@ -63,7 +63,9 @@ def main() -> None:
     options = parser.parse_args()
     dtype = choose_dtype("auto", "cpu")
     file = RESULTS / f"training-speed{'' if dtype == 'bfloat16' else f'-{dtype}'}.json"
-    results: Results = json.loads(file.read_text(encoding="utf-8"))["measured"] if file.exists() else {}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results: Results = before.get("measured", {})
+    notes: list[str] = before.get("notes", [])  # by hand: what else was looked at, for the page
     if not options.report:
         wanted = tuple(options.arms.split(",")) if options.arms else ARMS
         arms = [arm for arm in ARMS if arm.startswith(wanted) and not arm.endswith(_OTHERS[dtype])]
@@ -85,9 +87,9 @@ def main() -> None:
                         results[key] = measured = {**run(arm, task, Path(folder)), "commit": commit()}
                         print(summary(measured), flush=True)
                         if not options.rows:
-                            keep(file, results, dtype)
+                            keep(file, results, dtype, notes)
     if not options.rows:
-        keep(file, results, dtype)
+        keep(file, results, dtype, notes)
 
 
 def commit() -> str:
@@ -98,7 +100,7 @@ def commit() -> str:
     return head.strip() + ("+" if changed else "")
 
 
-def keep(file: Path, results: Results, dtype: str) -> None:
+def keep(file: Path, results: Results, dtype: str, notes: Sequence[str]) -> None:
     """Everything measured so far, a page and a plot of it."""
     whole = {
         "dtype": dtype,
@@ -106,6 +108,7 @@ def keep(file: Path, results: Results, dtype: str) -> None:
         "device": processor(),
         "settings": SETTINGS,
         "versions": versions(_LIBRARIES),
+        "notes": notes,
         "measured": dict(sorted(results.items())),
     }
     partial = file.with_suffix(".partial")

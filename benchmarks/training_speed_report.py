@@ -76,8 +76,8 @@ def page(whole: Mapping[str, Any], plot: str) -> str:
         + ", ".join(f"{name} {number}" for name, number in whole["versions"].items()) + ".", "",
         f"SmolLM2-135M-Instruct, LoRA of rank {settings['r']} on {' and '.join(settings['target_modules'])}, "
         f"{settings['rows_a_step']} rows a step, at most {settings['max_length']} tokens a row, one epoch. Every "
-        "figure is the median over the rounds, with the least and the greatest; ratios are taken within a round. "
-        "Tokens are the rows' own, padding not counted; memory is the peak of the whole process."
+        f"figure is the median over {_rounds(whole)}, with the least and the greatest; ratios are taken within a "
+        "round. Tokens are the rows' own, padding not counted; memory is the peak of the whole process."
         + _commits(whole), "",
         f"![Tokens a second and peak memory]({plot})", "",
     ]  # fmt: skip
@@ -85,7 +85,12 @@ def page(whole: Mapping[str, Any], plot: str) -> str:
         measured = Measured(whole, data)
         if measured.rounds:
             lines += [f"## {title}", "", *_table(measured), *_targets(measured, data), *_ablations(measured)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for note in whole.get("notes", []) for line in (note, ""))]).rstrip() + "\n"
+
+
+def _rounds(whole: Mapping[str, Any]) -> str:
+    count = max((int(key.rpartition("/")[2]) for key in whole["measured"]), default=0) + 1
+    return f"{count} rounds" if count > 1 else "one round"
 
 
 def _dtype(whole: Mapping[str, Any]) -> str:
