@@ -112,8 +112,8 @@ def packing_note(preview: Preview) -> str:
     if preview.why_padded:
         return f"This run pads its rows: {preview.why_padded}."
     return (
-        "This run packs its rows, if its model takes packs: a step learns the same. A beginning in common is counted in "
-        "each."
+        "This run packs its rows, if its model takes packs: a step learns the same. "
+        "A beginning in common is counted in each."
     )
 
 
