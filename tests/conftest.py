@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import ForkingCommand
+from forking import cli as cli
 
 # Quantizes offline, and counts how often.
 OFFLINE = """
-from pathlib import Path
 from acme_rtn import RtnConfig, RtnQuantizer
 
 class OfflineConfig(RtnConfig):
@@ -42,9 +40,3 @@ def rtn(fake_dist: Any) -> None:
         {"hyperion.quantizers": {"rtn": "acme_rtn:RtnQuantizer", "offline": "acme_offline:Offline"}},
         {"acme_rtn": module, "acme_offline": OFFLINE},
     )
-
-
-@pytest.fixture
-def cli(tmp_path: Path, fake_dist: Any) -> ForkingCommand:
-    """That of hyperion_core.testing, without the seconds that it takes to import."""
-    return ForkingCommand(tmp_path, fake_dist)

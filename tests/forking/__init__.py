@@ -14,11 +14,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from hyperion_core.testing.fixtures import Command, CommandResult
+import pytest
+from hyperion_core.testing.fixtures import Command, FakeDistributions
 
 _HERE = Path(__file__).parent
 #: Variables that nothing reads on import; of PYTHONPATH, the server sees to it.
@@ -27,7 +28,7 @@ READ_LATE = frozenset({"HYPERION_CACHE", "PYTHONPATH"})
 
 def forking_hyperion() -> tuple[str, ...]:
     """What to put before a command's arguments, in place of `python -m hyperion`."""
-    return _client("hyperion") if hasattr(os, "fork") else tuple(Command.program)
+    return _client("hyperion") if hasattr(os, "fork") else (sys.executable, "-m", "hyperion")
 
 
 def forking_python(folder: Path) -> Path:
@@ -87,12 +88,11 @@ def _server() -> Path:
 class ForkingCommand(Command):
     """Forks, but where the environment is given a variable that may be read on import."""
 
-    def __call__(
-        self,
-        *arguments: str | Path,
-        cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout: float = 600,
-    ) -> CommandResult:
-        self.program = forking_hyperion() if set(env or {}) <= READ_LATE else Command.program
-        return super().__call__(*arguments, cwd=cwd, env=env, timeout=timeout)
+    def program(self, env: Mapping[str, str]) -> Sequence[str]:
+        return forking_hyperion() if env.keys() <= READ_LATE else super().program(env)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, fake_dist: FakeDistributions) -> ForkingCommand:
+    """That of hyperion_core.testing, without the seconds that it takes to import."""
+    return ForkingCommand(tmp_path, fake_dist)

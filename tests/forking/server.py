@@ -84,14 +84,9 @@ def _next_child(listener: socket.socket) -> dict[str, Any] | None:
                         for stream in streams:
                             os.close(stream)
                     else:
-                        signal.set_wakeup_fd(-1)
-                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-                        for stream, number in zip(streams, range(3), strict=True):
-                            os.dup2(stream, number)
-                            os.close(stream)
                         for end in (woken, wakes, connection, *children.values()):
                             end.close()
+                        _take_over(streams)
                         return request
                 elif key.data in children:
                     numbers = key.fileobj.recv(16)  # type: ignore[union-attr]
@@ -99,6 +94,16 @@ def _next_child(listener: socket.socket) -> dict[str, Any] | None:
                         os.kill(key.data, number)
                     if not numbers:
                         selector.unregister(key.fileobj)
+
+
+def _take_over(streams: list[int]) -> None:
+    """In a child: the client's standard streams are its own, and signals mean what they do to any process."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    for stream, number in zip(streams, range(3), strict=True):
+        os.dup2(stream, number)
+        os.close(stream)
 
 
 def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:

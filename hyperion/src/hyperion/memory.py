@@ -8,25 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from hyperion_core.facts import Cost, ModelFacts, Workload
 
+from .acceleration.documents import pack_capacity
 from .optimization.memory_model import BYTES, COUNTED, Held, Step, layer_names, layer_of, layers_of, peak_memory
 
 if TYPE_CHECKING:
     from .config import FinetuneConfig
     from .training_config import TrainingConfig
 
-_USUAL_PACK = 1024  # tokens, on a CPU: see engine/fit.py
 _KEPT_DOCUMENT = 512  # of rows up to so many tokens attention keeps most
 
 
+def why_padded(training: TrainingConfig) -> str:
+    """Why rows are certain to be padded; "" where the model decides, which shows when it is loaded."""
+    if training.neftune_noise_alpha:
+        return "with neftune_noise_alpha a row's noise depends on its length"
+    return "packing is false; packed, it would learn the same" if training.packing is False else ""
+
+
 def pads(training: TrainingConfig) -> bool:
-    """Whether rows are certain to be padded. Whether the model can be given packs at all shows when it is loaded."""
-    return training.packing is False or bool(training.neftune_noise_alpha)  # its noise depends on a row's length
-
-
-def pack_capacity(training: TrainingConfig, longest: int, device: str) -> int:
-    """Tokens of a pack, where the longest row has so many and rows are not padded. As `engine.fit.Speed.capacity`."""
-    usual = _USUAL_PACK if device == "cpu" else longest * training.per_device_train_batch_size
-    return max(longest, training.pack_length or usual)
+    """Whether rows are certain to be padded."""
+    return bool(why_padded(training))
 
 
 def counted(training: TrainingConfig, facts: ModelFacts) -> bool:
@@ -51,7 +52,8 @@ def planned_step(training: TrainingConfig, facts: ModelFacts, length: int, dtype
     where: dict[str, Any] = {"device": device, "offloaded": away, "gives_back": away or training.stream_weights}
     if pads(training):
         return Step(batch * length, length, dtype, None, checkpointed, fused=False, **where)
-    tokens = min(pack_capacity(training, length, device), length * batch * training.gradient_accumulation_steps)
+    capacity = pack_capacity(training.pack_length, length, batch, device)
+    tokens = min(capacity, length * batch * training.gradient_accumulation_steps)
     document = min(length, _KEPT_DOCUMENT)
     return Step(tokens, document, dtype, None, checkpointed, fused=training.fused_layers, longest=length, **where)
 

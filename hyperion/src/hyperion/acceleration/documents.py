@@ -25,6 +25,8 @@ DOCUMENTS = "documents"
 
 # Fewer tokens in common are not worth the care.
 _LEAST_SHARED = 16
+# Tokens of a pack on a CPU: it gains nothing from more, and its memory grows with them.
+_USUAL_ON_CPU = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,15 @@ def common_beginning(rows: Sequence[Mapping[str, Any]]) -> int:
 
 def _unlearnt(labels: Sequence[int]) -> int:
     return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def pack_capacity(asked: int | None, longest: int, batch_size: int, device: str) -> int:
+    """Tokens of a pack, where the longest row has so many.
+
+    Args:
+        asked: `pack_length`; None leaves it to the device. A GPU wants what a padded batch of `batch_size` would hold.
+    """
+    return max(longest, asked or (_USUAL_ON_CPU if device == "cpu" else longest * batch_size))
 
 
 def shared_out(lengths: Sequence[int], capacity: int) -> list[list[int]]:

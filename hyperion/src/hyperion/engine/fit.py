@@ -14,6 +14,7 @@ from hyperion_core.facts import InForce
 from torch.nn import Module
 from transformers import TrainingArguments
 
+from ..acceleration.documents import pack_capacity
 from ..acceleration.fused import fused
 from ..acceleration.offloading import Place, offloaded
 from ..acceleration.packing import drops
@@ -71,9 +72,7 @@ class Speed:
         # NEFTune scales its noise by the length of what it takes for a row
         if self.packing is False or args.neftune_noise_alpha:
             return None
-        # a CPU gains nothing from more, and its memory grows with them; a GPU wants what the padded batch would hold
-        usual = 1024 if args.device.type == "cpu" else longest * args.per_device_train_batch_size
-        return max(longest, self.pack_length or usual)
+        return pack_capacity(self.pack_length, longest, args.per_device_train_batch_size, args.device.type)
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,6 @@ class CommandResult:
 class Command:
     """Runs `hyperion` as a user does, in a process of its own."""
 
-    program: Sequence[str] = (sys.executable, "-m", "hyperion")
-
     def __init__(self, folder: Path, fakes: FakeDistributions) -> None:
         self.folder = folder
         self._fakes = fakes
@@ -160,7 +158,7 @@ class Command:
             **(env or {}),
         }
         done = subprocess.run(
-            [*self.program, *map(str, arguments)],
+            [*self.program(env or {}), *map(str, arguments)],
             cwd=cwd or self.folder,
             env=environment,
             capture_output=True,
@@ -169,6 +167,10 @@ class Command:
             check=False,
         )
         return CommandResult(done.returncode, done.stdout, done.stderr)
+
+    def program(self, env: Mapping[str, str]) -> Sequence[str]:
+        """What stands before the arguments, of a call that adds `env` to the environment."""
+        return sys.executable, "-m", "hyperion"
 
 
 @pytest.fixture

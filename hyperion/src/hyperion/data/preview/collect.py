@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...acceleration.documents import pack_capacity
 from ...models.hardware import plan_device
 from .contents import AuditLine, Preview, Sample, SplitFigures
 from .figures import histogram, packs, padding, percentile
@@ -24,7 +25,7 @@ _SHOWN_OF_A_TEXT = 600
 
 def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
     """Every figure, `rows` samples, and the audit. Rows with nothing to learn are counted apart."""
-    from ...memory import pack_capacity
+    from ...memory import why_padded
     from ...planning import Rows, optimizer_steps
 
     encoded, tokenizer = audited.encoded, audited.tokenizer
@@ -39,7 +40,7 @@ def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
         splits.append(_figures("evaluation", encoded.evaluation[1], max_length))
         longest = max([longest, *_trained(encoded.evaluation[1])])
     device = "cpu" if getattr(training, "use_cpu", False) else plan_device()
-    capacity = pack_capacity(training, longest, device)
+    capacity = pack_capacity(training.pack_length, longest, size, device)
     read, rows_a_step = order[: padded.batches * size], size * training.gradient_accumulation_steps
     return Preview(
         config=config.file.name if config.file else "config",
@@ -54,7 +55,7 @@ def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
         padded=padded,
         packs=packs(lengths, read, rows_a_step, capacity),
         capacity=capacity,
-        why_padded=_why_padded(config),
+        why_padded=why_padded(training),
         audit_summary=_summary(audited.report),
         audit=[_audit_line(finding) for finding in audited.report.findings],
     )
@@ -117,12 +118,6 @@ def _first_epoch(config: FinetuneConfig, lengths: list[int]) -> Iterable[int]:
         lengths=lengths,
         group=training.per_device_train_batch_size * training.gradient_accumulation_steps,
     )
-
-
-def _why_padded(config: FinetuneConfig) -> str:
-    if config.training.neftune_noise_alpha:
-        return "with neftune_noise_alpha a row's noise depends on its length"
-    return "packing is false; packed, it would learn the same" if config.training.packing is False else ""
 
 
 def _chosen(lengths: list[int], wanted: int) -> list[int]:
