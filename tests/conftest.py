@@ -10,6 +10,8 @@ from forking import cli as cli
 
 # Quantizes offline, and counts how often.
 OFFLINE = """
+from pathlib import Path
+
 from acme_rtn import RtnConfig, RtnQuantizer
 
 class OfflineConfig(RtnConfig):
