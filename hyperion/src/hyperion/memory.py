@@ -117,10 +117,12 @@ def held_before(
     weights = quantizer.memory.get("weights", 0) if quantizer else facts.parameters * BYTES[step.dtype]
     if streams:
         # a layer's go when it has been computed; the head's stay until the next pass, and of the embedding a few rows
+        # are read from the file, but a GPU has all of it
         inside = {module.name for layer in layers_of(facts) for module in layer.values()}
         layers = [sum(m.parameters for m in layer.values()) for layer in layers_of(facts)]
-        outside = (module.parameters for module in facts.modules if module.name not in inside)
-        weights = (max(outside, default=0) + max(layers, default=0)) * BYTES[step.dtype]
+        outside = [module.parameters for module in facts.modules if module.name not in inside]
+        ends = max(outside, default=0) if step.device == "cpu" else sum(outside)
+        weights = (ends + max(layers, default=0)) * BYTES[step.dtype]
     loading = quantizer.memory.get("loading", 0) if quantizer else 0
     trained, frozen, kept = (adapter.memory.get(part, 0) for part in ("adapter", "weights", "activations"))
     return Held(weights, trained // 4, tuple(targets), quantizer is not None, loading, frozen, kept)

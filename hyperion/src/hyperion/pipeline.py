@@ -351,7 +351,8 @@ def attach_adapter(
         return adapter.adapter_load(
             model=model, name=ADAPTER_NAME, folder=checkpoint / "adapter", trainable=True, ctx=ctx
         ), in_force
-    batches = training_batches(tokens.train, tokenizer, config.training.per_device_train_batch_size, ctx.device)
+    device = str(next(model.parameters()).device)  # the run's, or where weights wait that are to be streamed
+    batches = training_batches(tokens.train, tokenizer, config.training.per_device_train_batch_size, device)
     prepared = adapter.adapter_prepare(config=config.adapter, model=model, batches=batches, ctx=ctx)
     in_force = write_prepared(ctx.output, prepared) if prepared is not None else config.adapter
     return adapter.adapter_apply(model=model, name=ADAPTER_NAME, config=in_force, ctx=ctx), in_force

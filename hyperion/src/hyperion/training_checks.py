@@ -60,13 +60,12 @@ def warmup_problems(training: TrainingConfig, steps: int | None) -> list[Problem
 def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
     """Number formats that the device does not compute in."""
     found = []
-    if training.stream_weights and (device != "cpu" or sys.platform == "win32"):
-        where = device if device != "cpu" else "Windows"
-        found.append(
-            Problem("stream_weights", f"stream_weights does not work on {where}",
-                    "weights are mapped from their files into the memory of a CPU, on Linux and macOS",
-                    "leave it out, or set use_cpu: true")
-        )  # fmt: skip
+    if training.stream_weights and (device == "mps" or sys.platform == "win32"):
+        where, instead = (
+            ("mps", "leave it out, or set use_cpu: true") if device == "mps" else ("Windows", "leave it out")
+        )
+        why = "weights are mapped from their files, on Linux and macOS, for a CPU or a CUDA GPU"
+        found.append(Problem("stream_weights", f"stream_weights does not work on {where}", why, instead))
     if training.offload_activations == "ram" and device == "cpu":
         found.append(
             Problem("offload_activations", "activations are in RAM already", "the run is planned on the CPU",

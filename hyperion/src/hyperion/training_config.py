@@ -152,8 +152,8 @@ class TrainingConfig(StrictModel):
         " gradient_checkpointing does so for all.",
     )  # fmt: skip
     stream_weights: bool = Field(
-        False, description="Leave the base's frozen weights in their files and read them layer by layer (CPU): slower,"
-        " in the memory of a few layers.",
+        False, description="Leave the base's frozen weights in their files and read them layer by layer, to a GPU too:"
+        " slower, in the memory of a few layers.",
     )  # fmt: skip
     offload_activations: Literal["ram", "disk"] | None = Field(
         None, description="Where activations wait for the backward pass: ram (GPU), or disk, in the output folder:"

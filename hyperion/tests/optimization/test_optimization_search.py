@@ -276,13 +276,13 @@ def test_what_a_run_refuses_is_refused_with_the_same_reason(small: Path) -> None
     from hyperion.optimization.search import search
 
     asked = {"base_model": str(small), "adapter": {"type": "lora"}, "training": {"stream_weights": True}}
-    with pytest.raises(ConfigError, match="stream_weights does not work on cuda"):
-        search(FinetuneConfig.parse(asked), 2**40, "cuda")
+    with pytest.raises(ConfigError, match="stream_weights does not work on mps"):
+        search(FinetuneConfig.parse(asked), 2**40, "mps")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("device", "least"), [("cpu", "weights streamed"), ("cuda", "activations in RAM")])
-def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, least: str, small: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, small: Path) -> None:
     """And only then."""
     from hyperion.config import FinetuneConfig
     from hyperion.optimization.candidate import described
@@ -301,7 +301,7 @@ def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, least: str, 
         other = FinetuneConfig.parse({**asked, "training": {**asked["training"], **moved}})
         peaks[str(moved)] = min(each.peak for each in candidates(other, device, 1, 0))
     found = search(config, min(peaks.values()), device, process=0).chosen
-    assert found.peak < memory and least in described(found)
+    assert found.peak < memory and "weights streamed" in described(found)
     lines = found.lines(config)["training"]
     pasted = FinetuneConfig.parse({**asked, **found.lines(config), "training": {**asked["training"], **lines}})
     assert pasted.training.stream_weights == found.config.training.stream_weights

@@ -22,6 +22,7 @@ from torch.nn import Module
 
 from ..disk import writing
 from .allocator import give_back_large_blocks
+from .layerwise import LayerwiseWeights, SavedWeight, restored
 from .streaming import release
 
 Place = Literal["ram", "disk"]
@@ -35,11 +36,12 @@ class _Away(NamedTuple):
 
 
 @contextmanager
-def offloaded(model: Module, place: Place, folder: Path) -> Iterator[None]:
+def offloaded(model: Module, place: Place, folder: Path, weights: LayerwiseWeights | None = None) -> Iterator[None]:
     """Inside, what the forward pass of `model` saves for the backward pass is in `place`.
 
     Args:
         folder: the run's, on the disk that is to hold it; nothing is left there.
+        weights: those that come to the device and leave it; they are none of what is written out.
 
     Raises:
         TrainingError: the disk refused, here or in the forward pass.
@@ -52,7 +54,9 @@ def offloaded(model: Module, place: Place, folder: Path) -> Iterator[None]:
             scratch = Path(tempfile.mkdtemp(prefix=".activations-", dir=folder))
     names = itertools.count()
 
-    def pack(tensor: Tensor) -> Tensor | _Away:
+    def pack(tensor: Tensor) -> Tensor | SavedWeight | _Away:
+        if weights is not None and isinstance(weight := weights.save(tensor), SavedWeight):
+            return weight
         if type(tensor) is not Tensor or tensor.nbytes < _LEAST or tensor.untyped_storage().data_ptr() in held:
             return tensor
         if place == "disk":
@@ -61,8 +65,8 @@ def offloaded(model: Module, place: Place, folder: Path) -> Iterator[None]:
         away = _empty(tensor, pin_memory=tensor.is_cuda)
         return _Away(away.copy_(tensor), tensor.device)
 
-    def unpack(found: Tensor | _Away) -> Tensor:
-        return found.tensor.to(found.device) if isinstance(found, _Away) else found
+    def unpack(found: Tensor | SavedWeight | _Away) -> Tensor:
+        return found.tensor.to(found.device) if isinstance(found, _Away) else restored(found)
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

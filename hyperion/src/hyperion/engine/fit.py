@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from ..acceleration.documents import pack_capacity
 from ..acceleration.fused import fused
+from ..acceleration.layerwise import LayerwiseWeights, layerwise
 from ..acceleration.offloading import Place, offloaded
 from ..acceleration.packing import drops
 from ..acceleration.recomputing import RecomputedLayers
@@ -36,6 +37,7 @@ from .interruption import Interruption
 from .out_of_memory import out_of_memory_explained
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from hyperion_core.config import AdapterConfig, PluginConfig
     from hyperion_core.context import RunContext
@@ -56,8 +58,8 @@ class Speed:
     `packing`: rows end to end without padding; None where the model can. `pack_length`: tokens of a pack; None chooses.
     `fused_layers`: norms and MLPs with fewer passes over the activations. `recompute_layers`: how many of the first
     layers compute their activations again; None leaves it to the training arguments. `stream_weights`: those of a base
-    that was mapped from its files are let go of layer by layer. `offload_activations`: where activations wait for the
-    backward pass, if not on the device.
+    that was mapped from its files are let go of layer by layer, or come to the device so. `offload_activations`: where
+    activations wait for the backward pass, if not on the device.
     """
 
     packing: bool | None = None
@@ -73,6 +75,12 @@ class Speed:
         if self.packing is False or args.neftune_noise_alpha:
             return None
         return pack_capacity(self.pack_length, longest, args.per_device_train_batch_size, args.device.type)
+
+    def streaming(self, model: Module, device: torch.device) -> AbstractContextManager[LayerwiseWeights | None]:
+        """Where the frozen weights are while the model trains: inside, as `stream_weights` asks."""
+        if not self.stream_weights:
+            return nullcontext()
+        return streamed(model) if device.type == "cpu" else layerwise(model, device)
 
 
 @dataclass(frozen=True)
@@ -148,15 +156,13 @@ def fit(
     longest = max(max(data["length"]) for data in (train, evaluation) if data is not None and len(data))
     batching = Batching(Collator(tokenizer.pad_token_id), speed.capacity(longest, args), sharing=not drops(model))
     faster = fused(model) if speed.fused_layers else nullcontext()
-    streaming = streamed(model) if speed.stream_weights else nullcontext()
-    away = offloaded(model, speed.offload_activations, output) if speed.offload_activations else nullcontext()
     with (
         borrowed(model, checkpointing=checkpointing),
         faster,
-        streaming,
         line,
         out_of_memory_explained(args, longest, lambda: batching),
         interruption,
+        speed.streaming(model, args.device) as weights,
     ):
         engine = Engine(
             model, args, hooks=hooks, ctx=ctx, adapter=adapter, objective=objective, scheduler=scheduler,
@@ -173,7 +179,8 @@ def fit(
         engine.settle_packing(longest, required=speed.packing is True)
         batching = engine.batching
         hooks.observe("run_model_ready", model=model, in_force=measure(model, args), ctx=ctx)
-        with away:
+        place = speed.offload_activations
+        with offloaded(model, place, output, weights) if place else nullcontext():
             finished = engine.train(resume_from_checkpoint=str(resume) if resume else None)
         if interruption.requested:
             ctx.log.warning("training was over when the signal came: the artifact is written")

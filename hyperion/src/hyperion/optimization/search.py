@@ -36,7 +36,11 @@ _ELSEWHERE: dict[str, tuple[dict[str, Any], ...]] = {
         {"stream_weights": True},
         {"stream_weights": True, "offload_activations": "disk"},
     ),
-    "cuda": ({"offload_activations": "ram"},),
+    "cuda": (
+        {"offload_activations": "ram"},
+        {"stream_weights": True},
+        {"stream_weights": True, "offload_activations": "ram"},
+    ),
 }
 
 
