@@ -253,9 +253,9 @@ def test_what_model_data_and_device_rule_out_is_refused_while_planning(
 
 
 def planned(base: Path, monkeypatch: pytest.MonkeyPatch, held_out: int = 0, device: str = "cpu", **training):
-    from hyperion import planning
+    from hyperion import planning, training_config
 
-    monkeypatch.setattr(planning, "plan_device", lambda: "cuda")  # a device that is given is not guessed
+    monkeypatch.setattr(training_config, "plan_device", lambda: "cuda")  # a device that is given is not guessed
     config = FinetuneConfig(base_model=str(base), adapter="lora", training=training)
     return planning.make_plan(config, rows=planning.Rows(10, 0), evaluation_rows=held_out, device=device)
 

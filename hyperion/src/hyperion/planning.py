@@ -20,7 +20,7 @@ from .data.processor import DatasetProcessor
 from .memory import adapter_cost, forecast, planned_step, with_new_rows
 from .models.check import check_base
 from .models.facts import model_facts
-from .models.hardware import choose_dtype, plan_device, visible_gpus
+from .models.hardware import choose_dtype, visible_gpus
 from .models.source import BaseModelSource, resolve_source
 from .optimization.recomputing_choice import with_recomputing
 from .planning_hooks import PlanningHooks
@@ -97,7 +97,7 @@ def make_plan(
     rows = rows or _counted(config, processor, problems)
     if evaluation_rows is not None:
         rows = replace(rows, evaluation=evaluation_rows)
-    device = "cpu" if getattr(training, "use_cpu", False) else device or plan_device()
+    device = training.likely_device(device)
     dtype = choose_dtype(config.dtype, device)
     steps, why_no_steps = optimizer_steps(config, rows)
     check_adapter(config, asked, facts, problems)

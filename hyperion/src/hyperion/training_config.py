@@ -15,6 +15,7 @@ from hyperion_core.errors import Problem
 from hyperion_core.foreign import foreign_fields, with_foreign_fields
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from .models.hardware import plan_device
 from .refused_arguments import REFUSED, argument_problems
 
 _ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
@@ -236,6 +237,11 @@ class TrainingConfig(StrictModel):
             return False
         said = self.load_best_model_at_end
         return said if said is not None else self.save_strategy_in_force(evaluates) != "no"
+
+    def likely_device(self, known: str | None = None) -> str:
+        """The device of the run, "cuda", "mps" or "cpu": as `use_cpu` says, or what is known, or what shows without
+        importing torch."""
+        return "cpu" if getattr(self, "use_cpu", False) else known or plan_device()
 
     def layers_to_recompute(self) -> int | None:
         """What `recompute_layers` says, once planning has settled it; None leaves it to the other keys."""

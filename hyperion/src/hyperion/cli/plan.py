@@ -28,13 +28,12 @@ def plan(
 ) -> None:
     """Find the settings that fit into so much memory; loads no weights. Times are estimates for this machine."""
     from hyperion.config import FinetuneConfig
-    from hyperion.models.hardware import plan_device
     from hyperion.optimization.search import search
 
     size = size_in_bytes(memory)
     _one_of("--target", target, _TARGETS)
     asked = FinetuneConfig.from_file(config)
-    device = device or ("cpu" if getattr(asked.training, "use_cpu", False) else plan_device())
+    device = device or asked.training.likely_device()
     _one_of("--device", device, _DEVICES)
     found = search(asked, size, device, target)  # type: ignore[arg-type]
     rate = _rate(found.chosen, device)

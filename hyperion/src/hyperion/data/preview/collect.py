@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...acceleration.documents import pack_capacity
-from ...models.hardware import plan_device
 from .contents import AuditLine, Preview, Sample, SplitFigures
 from .figures import histogram, packs, padding, percentile
 from .spans import shortened, spans
@@ -39,8 +38,7 @@ def collect(config: FinetuneConfig, audited: Audited, *, rows: int) -> Preview:
     if encoded.evaluation is not None:
         splits.append(_figures("evaluation", encoded.evaluation[1], max_length))
         longest = max([longest, *_trained(encoded.evaluation[1])])
-    device = "cpu" if getattr(training, "use_cpu", False) else plan_device()
-    capacity = pack_capacity(training.pack_length, longest, size, device)
+    capacity = pack_capacity(training.pack_length, longest, size, training.likely_device())
     read, rows_a_step = order[: padded.batches * size], size * training.gradient_accumulation_steps
     return Preview(
         config=config.file.name if config.file else "config",
