@@ -236,6 +236,7 @@ def test_transformers_names_survive_a_round_trip() -> None:
         ({"save_strategy": "best"}, "training.save_strategy"),
         ({"max_length": 4096}, "its context is 512 tokens"),
         ({"fp16": True}, "fp16 works on CUDA GPUs only"),
+        ({"fp16": True, "stream_weights": True}, "fp16 does not go with stream_weights"),
         ({"tf32": True}, "tf32 works on CUDA GPUs only"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 16}, "10 rows do not fill a batch of 16"),
         ({"lr_scheduler": "constant", "warmup_ratio": 0.5}, "choose constant_with_warmup"),

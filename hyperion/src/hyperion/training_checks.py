@@ -57,9 +57,14 @@ def warmup_problems(training: TrainingConfig, steps: int | None) -> list[Problem
     return [Problem("warmup_steps", what, why, "give fewer, or warmup_ratio: 0.1, or train longer")]
 
 
-def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
-    """Number formats that the device does not compute in."""
+def device_problems(training: TrainingConfig, device: str, dtype: str) -> list[Problem]:
+    """What the device does not do, or not with a base in this type."""
     found = []
+    for key, other in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if training.stream_weights and getattr(training, key, None) and dtype != other:
+            what = f"{key} does not go with stream_weights over a base in {dtype}"
+            why = f"autocast would keep every weight in {other} for the backward pass"
+            found.append(Problem(key, what, why, f"leave {key} out, or take a base whose files are {other}"))
     if training.stream_weights and (device == "mps" or sys.platform == "win32"):
         where, instead = (
             ("mps", "leave it out, or set use_cpu: true") if device == "mps" else ("Windows", "leave it out")

@@ -15,84 +15,99 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from hyperion_core.errors import ModelError
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _LEAST = 1 << 16  # bytes; less is not worth a trip, and stays on the device
+_Slot = tuple[Module, str, Parameter]  # a module's name for a parameter, and that in host memory
 
 
 class SavedWeight(NamedTuple):
-    """What autograd keeps of a weight: where it waits, and which part of it was used."""
+    """What autograd keeps of a weight: a view of it where it waits."""
 
     host: Tensor
     device: torch.device
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def on_device(self) -> Tensor:
-        return _copy(self.host, self.device).as_strided(self.size, self.stride, self.offset)
 
 
 class LayerwiseWeights:
-    """The frozen weights of a model's layers, and which of them are on the device just now.
-
-    A part of a layer is a list of pairs: a parameter, and its data in host memory.
-    """
+    """The frozen weights of a model's layers, and which of them are on the device just now."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._present: dict[int, Tensor] = {}
 
-    def fetch(self, part: Iterable[tuple[Parameter, Tensor]]) -> None:
-        """Copies on the device, in place of the weights that wait."""
-        for parameter, host in part:
-            parameter.data = _copy(host, self.device)
-            self._present[_storage(parameter)] = host
+    def fetch(self, part: Iterable[_Slot]) -> None:
+        """Parameters on the device, in place of those that wait. Others, for autograd keeps a frozen parameter by what
+        it is, whatever its data is when the gradient asks for it."""
+        for module, name, host in part:
+            copy = Parameter(_copy(host.data, self.device), requires_grad=False)
+            self._present[_storage(copy)] = host.data
+            module._parameters[name] = copy
 
-    def leave(self, part: Iterable[tuple[Parameter, Tensor]]) -> None:
-        """The weights that wait, in place of their copies."""
-        for parameter, host in part:
-            self._present.pop(_storage(parameter), None)
-            parameter.data = host
+    def leave(self, part: Iterable[_Slot]) -> None:
+        """Those that wait, in place of their copies."""
+        for module, name, host in part:
+            present = module._parameters[name]
+            if present is not None and present is not host:
+                self._present.pop(_storage(present), None)
+            module._parameters[name] = host
 
     def save(self, tensor: Tensor) -> Tensor | SavedWeight:
         """For autograd, in place of a copy that is to leave the device, or of a view of one."""
         host = self._present.get(_storage(tensor)) if type(tensor) in (Tensor, Parameter) else None
         if host is None:
-            return tensor
-        return SavedWeight(host, self.device, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            return as_it_is(tensor)
+        start = host.storage_offset() + tensor.storage_offset()
+        return SavedWeight(host.as_strided(tensor.size(), tensor.stride(), start), self.device)
 
 
 @contextmanager
 def layerwise(model: Module, device: torch.device) -> Iterator[LayerwiseWeights]:
     """Inside, the model computes on the device, where the frozen weights of its layers are only as long as they are
-    needed. Before and after, all of it is in host memory."""
+    needed. Before and after, all of it is in host memory.
+
+    Raises:
+        ModelError: the model does not tell its layers.
+    """
+    parts = [list(_waiting(part)) for part in _parts(model)]
+    if not any(parts):
+        raise ModelError(
+            f"the weights of {type(model).__name__} cannot be brought to {device} layer by layer",
+            why="none of its modules is a layer that transformers could checkpoint, so they are not told apart",
+            fix="leave training.stream_weights out, or take a quantized base",
+        )
     weights = LayerwiseWeights(device)
-    moving: set[int] = set()
+    waiting = {id(host) for part in parts for *_, host in part}
+    staying = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in waiting]
     handles = []
-    for part in _parts(model):
-        own = [(each, each.data) for each in part.parameters() if not each.requires_grad and each.nbytes >= _LEAST]
-        moving.update(id(parameter) for parameter, _ in own)
-        handles.append(part.register_forward_pre_hook(lambda *_, own=own: weights.fetch(own)))
-        handles.append(part.register_forward_hook(lambda *_, own=own: weights.leave(own), always_call=True))
-    staying = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in moving]
-    _move(staying, device)
-    vars(model)["to"] = lambda *_, **__: model  # transformers and accelerate would move all of it
     try:
+        for module, part in zip(_parts(model), parts, strict=True):
+            handles.append(module.register_forward_pre_hook(lambda *_, part=part: weights.fetch(part)))
+            handles.append(module.register_forward_hook(lambda *_, part=part: weights.leave(part), always_call=True))
+        _move(staying, device)
+        vars(model)["to"] = lambda *_, **__: model  # transformers and accelerate would move all of it
         with torch.autograd.graph.saved_tensors_hooks(weights.save, restored):
             yield weights
     finally:
-        del vars(model)["to"]
+        vars(model).pop("to", None)
         for handle in handles:
             handle.remove()
+        for part in parts:  # an interruption may have come while one was there
+            weights.leave(part)
         _move(staying, torch.device("cpu"))
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """For autograd to keep: never the tensor itself, for an operation that keeps its own result would be kept by it,
+    and stay in memory where no gradient comes to it. Tensors of other kinds are weights, no results."""
+    return tensor.detach() if type(tensor) in (Tensor, Parameter) else tensor
 
 
 def restored(saved: Tensor | SavedWeight) -> Tensor:
     """What `LayerwiseWeights.save` was given."""
-    return saved.on_device() if isinstance(saved, SavedWeight) else saved
+    return _copy(saved.host, saved.device) if isinstance(saved, SavedWeight) else saved
 
 
 def _parts(model: Module) -> Iterator[Module]:
@@ -101,10 +116,24 @@ def _parts(model: Module) -> Iterator[Module]:
     inside: set[Module] = set()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module not in inside:
-            for part in module.children():
-                if part not in inside:
-                    yield part
-                inside.update(part.modules())
+            inside.update(module.modules())
+            yield from _called(module)
+
+
+def _called(layer: Module) -> Iterator[Module]:
+    for child in layer.children():
+        if isinstance(child, (ModuleList, ModuleDict, GradientCheckpointingLayer)):
+            yield from _called(child)
+        else:
+            yield child
+
+
+def _waiting(part: Module) -> Iterator[_Slot]:
+    """The weights of a part that are worth the trip."""
+    for module in part.modules():
+        for name, each in module.named_parameters(recurse=False):
+            if not each.requires_grad and each.nbytes >= _LEAST and each.is_contiguous():
+                yield module, name, each
 
 
 def _move(tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -22,7 +22,7 @@ from torch.nn import Module
 
 from ..disk import writing
 from .allocator import give_back_large_blocks
-from .layerwise import LayerwiseWeights, SavedWeight, restored
+from .layerwise import LayerwiseWeights, SavedWeight, as_it_is, restored
 from .streaming import release
 
 Place = Literal["ram", "disk"]
@@ -58,7 +58,7 @@ def offloaded(model: Module, place: Place, folder: Path, weights: LayerwiseWeigh
         if weights is not None and isinstance(weight := weights.save(tensor), SavedWeight):
             return weight
         if type(tensor) is not Tensor or tensor.nbytes < _LEAST or tensor.untyped_storage().data_ptr() in held:
-            return tensor
+            return as_it_is(tensor)
         if place == "disk":
             with writing("the activations", folder):
                 return _Away(_in_file(tensor, scratch / str(next(names))), tensor.device)

@@ -99,7 +99,7 @@ class Forecaster:
             quantization, self.config.base_dir, hooks, facts, settled.saved, device, self.dtype, problems
         )
         found = length_problems(training, facts) + layer_problems(training, facts, quantization)
-        problems += [problem.at("training") for problem in found + device_problems(training, device)]
+        problems += [problem.at("training") for problem in found + device_problems(training, device, self.dtype)]
         self.config.refuse(problems)
         self._adapter = hooks.adapter(self.config.adapter.type)
         targets = self._adapter.adapter_targets(config=self.config.adapter, model=facts)
