@@ -164,9 +164,11 @@ def test_what_no_gradient_comes_to_is_let_go_of(streams, place, tmp_path):
     states = []
     norm = model.base_model.model.model.norm
     norm.register_forward_pre_hook(lambda _, given: states.append(StorageWeakRef(given[0].untyped_storage())))
-    with layerwise(model, CPU) if streams else nullcontext() as weights:
-        with offloaded(model, place, tmp_path, weights) if place else nullcontext():
-            model(input_ids=ids)
+    with (
+        layerwise(model, CPU) if streams else nullcontext() as weights,
+        offloaded(model, place, tmp_path, weights) if place else nullcontext(),
+    ):
+        model(input_ids=ids)
     assert states[0].expired()
 
 

@@ -63,8 +63,8 @@ def test_more_memory_never_gives_a_slower_plan_and_every_plan_fits(large: Path) 
     assert all(each.peak + each.process <= size * 1024 * MiB for each, size in zip(found, (160, 200, 400), strict=True))
     times = [each.operations for each in found]
     assert times == sorted(times, reverse=True)
-    with pytest.raises(CompatibilityError, match=r"8,192 MiB(.|\n)*weights"):
-        search(config, 8 * 1024 * MiB, "cuda")
+    with pytest.raises(CompatibilityError, match=r"2,048 MiB(.|\n)*weights"):
+        search(config, 2 * 1024 * MiB, "cuda")
 
 
 @pytest.mark.parametrize("target", ["speed", "balanced", "quality"])
