@@ -67,7 +67,7 @@ Results = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arms", default="", help='beginnings of arms, with commas between them: "plain,hyperion:"')
+    parser.add_argument("--arms", default="", help='arms, or beginnings of them: "plain,hyperion:,trl"')
     parser.add_argument("--data", default=",".join(DATA))
     parser.add_argument("--base", default="SmolLM2-135M", choices=["SmolLM2-135M", *SHAPES])
     parser.add_argument("--rows", type=int, default=0, help="fewer rows than usual, to try it: nothing is kept")
@@ -82,8 +82,8 @@ def main() -> None:
     results: Results = before.get("measured", {})
     about["notes"] = before.get("notes", [])  # by hand: what else was looked at, for the page
     if not options.report:
-        wanted = tuple(options.arms.split(",")) if options.arms else ARMS
-        arms = [arm for arm in ARMS if arm.startswith(wanted) and not arm.endswith(_OTHERS[dtype] + _OTHERS[device])]
+        wanted = options.arms.split(",") if options.arms else ARMS
+        arms = [arm for arm in ARMS if is_among(arm, wanted) and not arm.endswith(_OTHERS[dtype] + _OTHERS[device])]
         for library, its in (("trl", "trl"), ("liger_kernel", "trl:liger")):
             if find_spec(library) is None and any(arm.startswith(its) for arm in arms):
                 arms = [arm for arm in arms if not arm.startswith(its)]
@@ -108,6 +108,11 @@ def main() -> None:
                             keep(file, results, about)
     if not options.rows:
         keep(file, results, about)
+
+
+def is_among(arm: str, wanted: Sequence[str]) -> bool:
+    """Of names, or beginnings of names where they are none themselves."""
+    return any(arm == each or (each not in ARMS and arm.startswith(each)) for each in wanted)
 
 
 def name_of(base: str, device: str, dtype: str) -> str:
