@@ -78,8 +78,8 @@ def _result(search: Search) -> Iterator[str]:
             "baseline here", "winner", *(f"ratio to plain {dtype}" for dtype in dtypes), "to the baseline here",
             "preparing"]  # fmt: skip
     yield from ("| " + " | ".join(head) + " |", "| --- " * len(head) + "|", *rows, "")
-    times = [f"{ratios.of(dtype, TIME_AT_MOST)} of plain {dtype}" for dtype in dtypes]
-    times.append(f"{ratios.of('here')} of the baseline in Hyperion")
+    times = [f"of plain {dtype} {ratios.of(dtype, TIME_AT_MOST)}" for dtype in dtypes]
+    times.append(f"of the baseline in Hyperion {ratios.of('here')}")
     yield f"Steps: {ratios.of('steps', STEPS_AT_MOST)}. Time: {', '.join(times)}."
     yield from _shares(search, search.results.runs[next(iter(trials[0].runs.values()))]["result"]["dtype"], dtypes)
     yield from ("", f"![held-out loss]({search.results.file.with_suffix('.png').name})", "")
@@ -129,7 +129,10 @@ class Ratios:
         text = f"{statistics.mean(known):.2f}× ({min(known):.2f} – {max(known):.2f})"
         if len(known) < len(found):
             text += f" where it was reached, {len(found) - len(known)} of {len(found)} not"
-        return text + (f", at most {most:g}× is the aim" if most else "")
+        if not most:
+            return text
+        reached = len(known) == len(found) and statistics.mean(known) <= most
+        return f"{text}, at most {most:g}× is the aim: {'reached' if reached else '**not reached**'}"
 
 
 def _row(search: Search, trial: Trial, task: str, ratios: Ratios) -> str:
@@ -179,7 +182,7 @@ def _candidates(search: Search) -> Iterator[str]:
         "By task: steps to the target as a part of the baseline's, or, in brackets, what part of the baseline's gain "
         "was left to be made at the end."
     )
-    head = ["candidate", "length", "seed", *tasks, "seconds, of the baseline's here"]
+    head = ["candidate", "length", "seed", *tasks, "seconds by the runs' own clocks, of the baseline's"]
     yield from ("", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|")
     for trial in sorted(search.trials, key=lambda trial: (trial.seed, trial.rank)):
         cells = [trial.candidate.name, f"{trial.length:.2g}", str(trial.seed)]

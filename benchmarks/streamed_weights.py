@@ -69,6 +69,7 @@ def train(base: Path, streams: bool) -> dict[str, Any]:
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(8)), encoding="utf-8")
     config = {
         "base_model": str(base),
+        "dtype": "bfloat16",  # as the weights are stored, whatever is faster here
         "dataset": {"dataset": str(work / "rows.jsonl")},
         "adapter": {"type": "lora", "r": 16, "target_modules": ["q_proj", "v_proj"]},
         "audit": {"max_duplicates": 1.0},

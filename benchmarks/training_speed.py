@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -73,41 +74,45 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="fewer rows than usual, to try it: nothing is kept")
     parser.add_argument("--report", action="store_true", help="only write page and plot")
     options = parser.parse_args()
+    if options.report:
+        for each in sorted(RESULTS.glob("training-speed*.json")):
+            write_page(each)
+        return
     device = plan_device()
     dtype = choose_dtype("auto", device)
-    about = {"base": options.base, "device_type": device, "dtype": dtype,
-             "settings": {**SETTINGS, **(_ON_A_GPU if device == "cuda" else {})}}  # fmt: skip
     file = RESULTS / f"{name_of(options.base, device, dtype)}.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     results: Results = before.get("measured", {})
-    about["notes"] = before.get("notes", [])  # by hand: what else was looked at, for the page
-    if not options.report:
-        wanted = options.arms.split(",") if options.arms else ARMS
-        arms = [arm for arm in ARMS if is_among(arm, wanted) and not arm.endswith(_OTHERS[dtype] + _OTHERS[device])]
-        for library, its in (("trl", "trl"), ("liger_kernel", "trl:liger")):
-            if find_spec(library) is None and any(arm.startswith(its) for arm in arms):
-                arms = [arm for arm in arms if not arm.startswith(its)]
-                print(f"{library} is not installed: the arms of {its} are left out")
-        with tempfile.TemporaryDirectory() as folder:
-            base = base_of(options.base, Path(folder))
-            tasks = {
-                data: task_of(data, options.rows or _ROWS[device][data], base, about, Path(folder))
-                for data in options.data.split(",")
-            }
-            for number in range(options.rounds):
-                for data, task in tasks.items():
-                    for arm in arms:
-                        key = f"{data}/{arm}/{number}"
-                        is_variant = arm.startswith("hyperion:") and arm != "hyperion:"
-                        if key in results or (is_variant and data != "ragged"):
-                            continue
-                        print(f"{key} …", end=" ", flush=True)
-                        results[key] = measured = {**run(arm, task, Path(folder)), "commit": commit()}
-                        print(summary(measured), flush=True)
-                        if not options.rows:
-                            keep(file, results, about)
-    if not options.rows:
-        keep(file, results, about)
+    about = {"base": options.base, "device_type": device, "dtype": dtype,
+             "settings": {**SETTINGS, **(_ON_A_GPU if device == "cuda" else {})},
+             "notes": before.get("notes", [])}  # by hand: what else was looked at, for the page  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        base = base_of(options.base, Path(folder))
+        tasks = {
+            data: task_of(data, options.rows or _ROWS[device][data], base, about, Path(folder))
+            for data in options.data.split(",")
+        }
+        for number, data, arm in itertools.product(range(options.rounds), tasks, arms_of(options.arms, device, dtype)):
+            key = f"{data}/{arm}/{number}"
+            is_variant = arm.startswith("hyperion:") and arm != "hyperion:"
+            if key in results or (is_variant and data != "ragged"):
+                continue
+            print(f"{key} …", end=" ", flush=True)
+            results[key] = measured = {**run(arm, tasks[data], Path(folder)), "commit": commit()}
+            print(summary(measured), flush=True)
+            if not options.rows:
+                keep(file, results, about)
+
+
+def arms_of(asked: str, device: str, dtype: str) -> list[str]:
+    """Those that are asked for, of which this machine is a measure, and whose libraries are there."""
+    wanted = asked.split(",") if asked else ARMS
+    arms = [arm for arm in ARMS if is_among(arm, wanted) and not arm.endswith(_OTHERS[dtype] + _OTHERS[device])]
+    for library, its in (("trl", "trl"), ("liger_kernel", "trl:liger")):
+        if find_spec(library) is None and any(arm.startswith(its) for arm in arms):
+            arms = [arm for arm in arms if not arm.startswith(its)]
+            print(f"{library} is not installed: the arms of {its} are left out")
+    return arms
 
 
 def is_among(arm: str, wanted: Sequence[str]) -> bool:
@@ -156,6 +161,12 @@ def keep(file: Path, results: Results, about: Mapping[str, Any]) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
+    write_page(file)
+
+
+def write_page(file: Path) -> None:
+    """And the plot, of a file of results."""
+    whole = json.loads(file.read_text(encoding="utf-8"))
     file.with_suffix(".md").write_text(page(whole, file.with_suffix(".png").name), encoding="utf-8")
     draw(whole, file.with_suffix(".png"))
 

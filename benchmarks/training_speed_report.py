@@ -74,12 +74,12 @@ def page(whole: Mapping[str, Any], plot: str) -> str:
     """Markdown; `plot`: the picture's file beside it."""
     settings = whole["settings"]
     lines = [
-        "# Speed and memory of training", "",
+        f"# Speed and memory of training{'' if _dtype(whole) == 'bfloat16' else f', in {_dtype(whole)}'}", "",
         f"`nox -s bench -- training_speed{_option(whole)}`, {whole['date']}, {whole['device']}, "
         + ", ".join(f"{name} {number}" for name, number in whole["versions"].items()) + ".", "",
         f"{_base(whole)}, LoRA of rank {settings['r']} on {' and '.join(settings['target_modules'])}, "
-        f"{settings['rows_a_step']} rows a step, at most {settings['max_length']} tokens a row, one epoch. Every "
-        f"figure is the median over {_rounds(whole)}, with the least and the greatest; ratios are taken within a "
+        f"{settings['rows_a_step']} rows a step, at most {settings['max_length']} tokens a row, one epoch. "
+        f"{_rounds(whole)} Ratios are taken within a "
         f"round. Tokens are the rows' own, padding not counted; memory is the peak of {_memory(whole)}."
         + _commits(whole), "",
         f"![Tokens a second and peak memory]({plot})", "",
@@ -93,7 +93,11 @@ def page(whole: Mapping[str, Any], plot: str) -> str:
 
 def _rounds(whole: Mapping[str, Any]) -> str:
     count = max((int(key.rpartition("/")[2]) for key in whole["measured"]), default=0) + 1
-    return f"{count} rounds" if count > 1 else "one round"
+    if count == 1:
+        return "One round."
+    return (
+        f"Figures are medians over at most {count} rounds, with the least and the greatest; one alone is of one round."
+    )
 
 
 def _dtype(whole: Mapping[str, Any]) -> str:
@@ -260,5 +264,6 @@ def _draw_losses(axis: Any, measured: Measured, title: str) -> None:
             colour = "#2a6f97" if arm == "hyperion:" else "#8a979f"
             axis.plot(steps, found["losses"], style, color=colour, label=NAMES[arm], linewidth=2)
     axis.set_title(f"{title}: loss by step", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -215,7 +215,7 @@ def _check_training(
     training = config.training
     found = (
         length_problems(training, facts)
-        + layer_problems(training, facts, config.quantization)
+        + layer_problems(training, facts, config.quantization, where[1])
         + device_problems(training, *where)
         + warmup_problems(training, steps)
     )

@@ -34,7 +34,7 @@ def length_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem
 
 
 def layer_problems(
-    training: TrainingConfig, facts: ModelFacts, quantization: QuantizationConfig | None
+    training: TrainingConfig, facts: ModelFacts, quantization: QuantizationConfig | None, dtype: str
 ) -> list[Problem]:
     """What is asked of single layers and does not fit this base."""
     found, asked = [], training.recompute_layers
@@ -45,6 +45,10 @@ def layer_problems(
     if training.stream_weights and quantization is not None:
         why = "the weights in the base's files are not the quantized ones, which are made in memory"
         found.append(Problem("stream_weights", "stream_weights does not go with quantization", why, "drop one"))
+    elif training.stream_weights and facts.stored not in ("", dtype):
+        why = f"they are stored as {facts.stored}, and the run computes in {dtype}"
+        fix = f"set dtype: {facts.stored}, or leave stream_weights out"
+        found.append(Problem("stream_weights", "the weights cannot be streamed from their files", why, fix))
     return found
 
 

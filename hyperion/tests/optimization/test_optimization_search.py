@@ -280,6 +280,38 @@ def test_what_a_run_refuses_is_refused_with_the_same_reason(small: Path) -> None
         search(FinetuneConfig.parse(asked), 2**40, "mps")
 
 
+@pytest.mark.parametrize("roots", [False, True])
+def test_what_an_adapter_of_another_rank_learns_weighs_as_much(roots: bool, small: Path) -> None:
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.search import candidates
+
+    adapter = {"type": "lora", "r": 16, "lora_alpha": 32, "use_rslora": roots}
+    found = candidates(FinetuneConfig.parse({"base_model": str(small), "adapter": adapter}), "cuda", 1, 0)
+    adapters = [each.config.adapter for each in found]
+    assert {each.r for each in adapters} == {8, 16, 32, 64}  # type: ignore[attr-defined]
+    scales = [each.lora_alpha / (each.r**0.5 if roots else each.r) for each in adapters]  # type: ignore[attr-defined]
+    assert scales == pytest.approx([8.0 if roots else 2.0] * len(scales), rel=0.02)
+
+
+@pytest.mark.parametrize(("stored", "streams"), [("bfloat16", True), ("float32", False), (None, True)])
+def test_weights_are_streamed_only_in_the_type_that_they_are_stored_in(
+    stored: str | None, streams: bool, small: Path
+) -> None:
+    from hyperion.config import FinetuneConfig
+    from hyperion.optimization.search import candidates
+
+    config = json.loads((small / "config.json").read_text(encoding="utf-8"))
+    (small / "config.json").write_text(json.dumps(config | ({"dtype": stored} if stored else {})), encoding="utf-8")
+    asked = FinetuneConfig.parse(
+        {"base_model": str(small), "adapter": {"type": "lora"}, "training": {"stream_weights": True}}
+    )
+    if streams:
+        assert candidates(asked, "cuda", 1, 0)
+    else:
+        with pytest.raises(ConfigError, match="stored as float32, and the run computes in bfloat16"):
+            candidates(asked, "cuda", 1, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, small: Path) -> None:
@@ -306,5 +338,5 @@ def test_what_does_not_fit_otherwise_is_kept_elsewhere(device: str, small: Path)
     pasted = FinetuneConfig.parse({**asked, **found.lines(config), "training": {**asked["training"], **lines}})
     assert pasted.training.stream_weights == found.config.training.stream_weights
     assert pasted.training.offload_activations == found.config.training.offload_activations
-    with pytest.raises(CompatibilityError, match="however it is set"):
+    with pytest.raises(CompatibilityError, match="in any of the settings"):
         search(config, min(peaks.values()) - MiB, device, process=0)

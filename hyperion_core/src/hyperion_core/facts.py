@@ -37,8 +37,9 @@ class ModuleFact:
 class ModelFacts:
     """A model's architecture, known without its weights.
 
-    `modules` is empty when nothing is known (the model is not local): ask `known` first. It can stand for what is
-    reckoned from it, as a key: the hash of its thousands of modules is taken once.
+    `modules` is empty when nothing is known (the model is not local): ask `known` first. `stored` is the number format
+    of the weights' files, "" where that is not said. It can stand for what is reckoned from it, as a key: the hash of
+    its thousands of modules is taken once.
     """
 
     source: str
@@ -51,6 +52,7 @@ class ModelFacts:
     tied_embeddings: bool = False
     why_unknown: str = ""
     attention_heads: int = 0
+    stored: str = ""
 
     def __hash__(self) -> int:
         return self._hash

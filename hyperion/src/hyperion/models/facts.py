@@ -140,6 +140,7 @@ def _from_folder(name: str, folder: Path) -> ModelFacts:
         context_length=_first_int(config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
         tied_embeddings=not any(is_output_head(module.name) for module in modules),
         attention_heads=_first_int(config, "num_attention_heads", "n_head", "n_heads"),
+        stored=str(config.get("dtype") or config.get("torch_dtype") or ""),
     )
 
 

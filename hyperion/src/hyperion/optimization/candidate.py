@@ -98,7 +98,7 @@ class Forecaster:
         bits = planned_bits(
             quantization, self.config.base_dir, hooks, facts, settled.saved, device, self.dtype, problems
         )
-        found = length_problems(training, facts) + layer_problems(training, facts, quantization)
+        found = length_problems(training, facts) + layer_problems(training, facts, quantization, self.dtype)
         problems += [problem.at("training") for problem in found + device_problems(training, device, self.dtype)]
         self.config.refuse(problems)
         self._adapter = hooks.adapter(self.config.adapter.type)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from hyperion_core.config import AdapterConfig
 from hyperion_core.errors import CompatibilityError, ConfigError, HyperionError, ModelError
 from hyperion_core.facts import MiB, ModelFacts
 from hyperion_core.kinds import Quantizer
@@ -88,10 +90,10 @@ def search(
     if not fitting:
         least = min(every, key=lambda each: each.peak)
         raise CompatibilityError(
-            f"{config.base_model} does not train in {memory / MiB:,.0f} MiB, however it is set",
+            f"{config.base_model} does not train in {memory / MiB:,.0f} MiB, in any of the settings that are tried",
             why=f"the least of {len(every)} settings takes {(least.peak + least.process) / MiB:,.0f} MiB: "
             f"{described(least)}; {parts(least.memory)}",
-            fix="give it more memory, or choose a smaller base model or a shorter max_length",
+            fix="give it more memory, or choose a smaller base model, a shorter max_length, or fewer bits than 4",
         )
     best: dict[tuple[str, int], Candidate] = {}
     for each in fitting:
@@ -129,9 +131,8 @@ def candidates(
     refusals: list[ConfigError | CompatibilityError] = []
     for quantization in _quantizations(config, device):
         for rank in ranks:
-            adapter = {**config.adapter.given(), "type": config.adapter.type, **({} if rank is None else {"r": rank})}
             try:
-                asked = config.replace(quantization=quantization, adapter=adapter)
+                asked = config.replace(quantization=quantization, adapter=_of_rank(config.adapter, rank))
                 made = Forecaster(asked, source, facts, device, process, lengths)
             except (ConfigError, CompatibilityError) as error:
                 refusals.append(error)  # these do not go together: no choice
@@ -140,6 +141,21 @@ def candidates(
     if not found:
         raise refusals[0]
     return found
+
+
+def _of_rank(adapter: AdapterConfig, rank: int | None) -> dict[str, Any]:
+    """Its keys with another rank, and with as much weight as before what it has learnt: alpha goes with the rank, or
+    with its root where the adapter scales by that (rsLoRA)."""
+    given = {**adapter.given(), "type": adapter.type}
+    before, alpha = getattr(adapter, "r", None), getattr(adapter, "lora_alpha", None)
+    if rank is None or rank == before or before is None:
+        return given
+    if alpha is not None:
+        times = rank / before
+        given["lora_alpha"] = max(
+            1, round(alpha * (math.sqrt(times) if getattr(adapter, "use_rslora", False) else times))
+        )
+    return {**given, "r": rank}
 
 
 # What is reckoned of a model is kept by its facts, which are compared in no time where they are the same object.
