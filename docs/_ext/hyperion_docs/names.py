@@ -31,19 +31,25 @@ CORE_MODULES = (
     "hyperion_core.quiet",
 )
 
+# What users import from other modules of the framework.
+ELSEWHERE = (
+    "hyperion.models.load_tuned",
+    "hyperion.models.load_standalone",
+    "hyperion.optimization.AdapterOptimizer",
+    "hyperion.quantizing.quantize",
+    "hyperion.exporting.export_merged",
+)
+
 
 def framework_names() -> dict[str, Any]:
     """Everything that `from hyperion… import` gives, by its dotted name."""
     import hyperion
     import hyperion.data
-    import hyperion.models
 
     names = {f"hyperion.{name}": getattr(hyperion, name) for name in dir(hyperion) if not name.startswith("_")}
     names |= {f"hyperion.data.{name}": getattr(hyperion.data, name) for name in hyperion.data.__all__}
-    loaders = {"load_tuned": "tuned", "load_standalone": "standalone"}
     return names | {
-        f"hyperion.models.{name}": getattr(importlib.import_module(f"hyperion.models.{module}"), name)
-        for name, module in loaders.items()
+        name: getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in ELSEWHERE
     }
 
 
