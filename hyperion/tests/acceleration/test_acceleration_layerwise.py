@@ -151,6 +151,19 @@ def test_without_a_gradient_too_and_after_an_error_nothing_stays(copies):
     assert "to" not in vars(model)
 
 
+def test_a_part_that_layers_have_in_common_comes_and_goes_once(copies):
+    model = tuned()
+    first, second = layers_of(model)[:2]
+    second.mlp = first.mlp
+    step(model)
+    expected = gradients(model)
+    model.zero_grad()
+    with layerwise(model, CPU) as weights:
+        step(model)
+        assert not weights._present and not copies["now"], "another tensor may come to lie where one was"
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
+
+
 def test_what_a_layer_is_must_be_known():
     with pytest.raises(ModelError, match="layer by layer"), layerwise(torch.nn.Linear(256, 256), CPU):
         pass

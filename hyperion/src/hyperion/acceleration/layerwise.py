@@ -38,17 +38,17 @@ class LayerwiseWeights:
         self.device = device
         self._present: dict[int, Tensor] = {}
 
-    def fetch(self, part: Iterable[_Slot]) -> None:
+    def fetch(self, slots: Iterable[_Slot]) -> None:
         """Parameters on the device, in place of those that wait. Others, for autograd keeps a frozen parameter by what
         it is, whatever its data is when the gradient asks for it."""
-        for module, name, host in part:
+        for module, name, host in slots:
             copy = Parameter(_copy(host.data, self.device), requires_grad=False)
             self._present[_storage(copy)] = host.data
             module._parameters[name] = copy
 
-    def leave(self, part: Iterable[_Slot]) -> None:
+    def leave(self, slots: Iterable[_Slot]) -> None:
         """Those that wait, in place of their copies."""
-        for module, name, host in part:
+        for module, name, host in slots:
             present = module._parameters[name]
             if present is not None and present is not host:
                 self._present.pop(_storage(present), None)
@@ -71,21 +71,21 @@ def layerwise(model: Module, device: torch.device) -> Iterator[LayerwiseWeights]
     Raises:
         ModelError: the model does not tell its layers.
     """
-    parts = [list(_waiting(part)) for part in _parts(model)]
-    if not any(parts):
+    parts = {part: list(_waiting(part)) for part in _parts(model)}
+    if not any(parts.values()):
         raise ModelError(
             f"the weights of {type(model).__name__} cannot be brought to {device} layer by layer",
             why="none of its modules is a layer that transformers could checkpoint, so they are not told apart",
             fix="leave training.stream_weights out, or take a quantized base",
         )
     weights = LayerwiseWeights(device)
-    waiting = {id(host) for part in parts for *_, host in part}
+    waiting = {id(host) for slots in parts.values() for *_, host in slots}
     staying = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in waiting]
     handles = []
     try:
-        for module, part in zip(_parts(model), parts, strict=True):
-            handles.append(module.register_forward_pre_hook(lambda *_, part=part: weights.fetch(part)))
-            handles.append(module.register_forward_hook(lambda *_, part=part: weights.leave(part), always_call=True))
+        for part, slots in parts.items():
+            handles.append(part.register_forward_pre_hook(lambda *_, slots=slots: weights.fetch(slots)))
+            handles.append(part.register_forward_hook(lambda *_, slots=slots: weights.leave(slots), always_call=True))
         _move(staying, device)
         vars(model)["to"] = lambda *_, **__: model  # transformers and accelerate would move all of it
         with torch.autograd.graph.saved_tensors_hooks(weights.save, restored):
@@ -94,8 +94,8 @@ def layerwise(model: Module, device: torch.device) -> Iterator[LayerwiseWeights]
         vars(model).pop("to", None)
         for handle in handles:
             handle.remove()
-        for part in parts:  # an interruption may have come while one was there
-            weights.leave(part)
+        for slots in parts.values():  # an interruption may have come while one was there
+            weights.leave(slots)
         _move(staying, torch.device("cpu"))
 
 
@@ -110,19 +110,22 @@ def restored(saved: Tensor | SavedWeight) -> Tensor:
     return _copy(saved.host, saved.device) if isinstance(saved, SavedWeight) else saved
 
 
-def _parts(model: Module) -> Iterator[Module]:
+def _parts(model: Module) -> list[Module]:
     """Attention, MLP and norms of each layer, which are called as modules when a layer is computed again, too: the
     layer itself is not."""
     inside: set[Module] = set()
+    found: dict[Module, None] = {}  # layers may have a part in common
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module not in inside:
             inside.update(module.modules())
-            yield from _called(module)
+            found.update(dict.fromkeys(_called(module)))
+    return list(found)
 
 
 def _called(layer: Module) -> Iterator[Module]:
     for child in layer.children():
-        if isinstance(child, (ModuleList, ModuleDict, GradientCheckpointingLayer)):
+        layers = any(isinstance(module, GradientCheckpointingLayer) for module in child.modules())
+        if layers or isinstance(child, (ModuleList, ModuleDict)):  # lists are not called, and layers call parts again
             yield from _called(child)
         else:
             yield child
