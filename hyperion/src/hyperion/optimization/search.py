@@ -148,9 +148,9 @@ def _of_rank(adapter: AdapterConfig, rank: int | None) -> dict[str, Any]:
     with its root where the adapter scales by that (rsLoRA)."""
     given = {**adapter.given(), "type": adapter.type}
     before, alpha = getattr(adapter, "r", None), getattr(adapter, "lora_alpha", None)
-    if rank is None or rank == before or before is None:
+    if rank is None or before is None:
         return given
-    if alpha is not None:
+    if alpha is not None and rank != before:
         times = rank / before
         given["lora_alpha"] = max(
             1, round(alpha * (math.sqrt(times) if getattr(adapter, "use_rslora", False) else times))
