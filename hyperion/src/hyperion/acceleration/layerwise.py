@@ -72,7 +72,7 @@ def layerwise(model: Module, device: torch.device) -> Iterator[LayerwiseWeights]
         ModelError: the model does not tell its layers.
     """
     parts = {part: list(_waiting(part)) for part in _parts(model)}
-    if not any(parts.values()):
+    if not parts:
         raise ModelError(
             f"the weights of {type(model).__name__} cannot be brought to {device} layer by layer",
             why="none of its modules is a layer that transformers could checkpoint, so they are not told apart",
