@@ -36,8 +36,6 @@ ELSEWHERE = (
     "hyperion.models.load_tuned",
     "hyperion.models.load_standalone",
     "hyperion.optimization.AdapterOptimizer",
-    "hyperion.quantizing.quantize",
-    "hyperion.exporting.export_merged",
 )
 
 
