@@ -25,7 +25,8 @@ DISTRIBUTIONS = sorted(
     for pattern in ("hyperion_*/pyproject.toml", "plugins/hyperion_*/pyproject.toml")
     for project in ROOT.glob(pattern)
 )
-# A file's tests stay together, for they share what is costly to set up; each process of pytest holds a torch.
+# A file's tests stay together, for they share what is costly to set up, and files run in the order of `testpaths`: what
+# takes longest comes first. Each process of pytest holds a torch.
 SPREAD = ["--numprocesses", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 BENCHMARKS = ["training_speed", "inference_latency", "memory_prediction", "streamed_weights", "convergence"]

@@ -33,6 +33,7 @@ from .training_checks import (
     evaluation_problems,
     layer_problems,
     length_problems,
+    streaming_problems,
     warmup_problems,
 )
 
@@ -104,7 +105,7 @@ def make_plan(
     bits = planned_bits(config.quantization, config.base_dir, asked, facts, settled.saved, device, dtype, problems)
     found = asked.objective(config.objective.type).objective_check(config=config.objective)
     problems += [problem.at("objective") for problem in found or []]
-    _check_training(config, facts, rows, (device, dtype), steps, problems)
+    _check_training(config, facts, rows, device, dtype, steps, problems)
     _check_scheduler(config, asked, steps, problems)
     config.refuse(problems)
     assert source is not None
@@ -208,15 +209,15 @@ def _counted(config: FinetuneConfig, processor: DatasetProcessor | None, problem
 
 
 def _check_training(
-    config: FinetuneConfig, facts: ModelFacts, rows: Rows, where: tuple[str, str], steps: int | None,
+    config: FinetuneConfig, facts: ModelFacts, rows: Rows, device: str, dtype: str, steps: int | None,
     problems: list[Problem],
 ) -> None:  # fmt: skip
-    """`where`: device and dtype."""
     training = config.training
     found = (
         length_problems(training, facts)
-        + layer_problems(training, facts, config.quantization, where[1])
-        + device_problems(training, *where)
+        + layer_problems(training, facts)
+        + streaming_problems(training, facts, config.quantization, device, dtype)
+        + device_problems(training, device)
         + warmup_problems(training, steps)
     )
     found += batch_problems(training, rows.train, rows.evaluation)

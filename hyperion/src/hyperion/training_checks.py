@@ -33,22 +33,13 @@ def length_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem
     return [Problem("max_length", what, f"its context is {context} tokens", f"max_length: {context}, or leave it out")]
 
 
-def layer_problems(
-    training: TrainingConfig, facts: ModelFacts, quantization: QuantizationConfig | None, dtype: str
-) -> list[Problem]:
+def layer_problems(training: TrainingConfig, facts: ModelFacts) -> list[Problem]:
     """What is asked of single layers and does not fit this base."""
     found, asked = [], training.recompute_layers
     if isinstance(asked, int) and 0 < facts.layers < asked:
         fix = f"recompute_layers: {facts.layers}, or gradient_checkpointing: true"
         what = f"recompute_layers: {asked} is more than {facts.source} has"
         found.append(Problem("recompute_layers", what, f"it has {facts.layers}", fix))
-    if training.stream_weights and quantization is not None:
-        why = "the weights in the base's files are not the quantized ones, which are made in memory"
-        found.append(Problem("stream_weights", "stream_weights does not go with quantization", why, "drop one"))
-    elif training.stream_weights and facts.stored not in ("", dtype):
-        why = f"they are stored as {facts.stored}, and the run computes in {dtype}"
-        fix = f"set dtype: {facts.stored}, or leave stream_weights out"
-        found.append(Problem("stream_weights", "the weights cannot be streamed from their files", why, fix))
     return found
 
 
@@ -61,20 +52,36 @@ def warmup_problems(training: TrainingConfig, steps: int | None) -> list[Problem
     return [Problem("warmup_steps", what, why, "give fewer, or warmup_ratio: 0.1, or train longer")]
 
 
-def device_problems(training: TrainingConfig, device: str, dtype: str) -> list[Problem]:
-    """What the device does not do, or not with a base in this type."""
-    found = []
-    for key, other in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if training.stream_weights and getattr(training, key, None) and dtype != other:
-            what = f"{key} does not go with stream_weights over a base in {dtype}"
+def streaming_problems(
+    training: TrainingConfig, facts: ModelFacts, quantization: QuantizationConfig | None, device: str, dtype: str
+) -> list[Problem]:
+    """What stands against weights that stay in their files."""
+    if not training.stream_weights:
+        return []
+    found, key = [], "stream_weights"
+    if quantization is not None:
+        why = "the weights in the base's files are not the quantized ones, which are made in memory"
+        found.append(Problem(key, "stream_weights does not go with quantization", why, "drop one"))
+    elif facts.stored not in ("", dtype):
+        why = f"they are stored as {facts.stored}, and the run computes in {dtype}"
+        fix = f"set dtype: {facts.stored}, or leave stream_weights out"
+        found.append(Problem(key, "the weights cannot be streamed from their files", why, fix))
+    for autocast, other in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(training, autocast, None) and dtype != other:
+            what = f"{autocast} does not go with stream_weights over a base in {dtype}"
             why = f"autocast would keep every weight in {other} for the backward pass"
-            found.append(Problem(key, what, why, f"leave {key} out, or take a base whose files are {other}"))
-    if training.stream_weights and (device == "mps" or sys.platform == "win32"):
-        where, instead = (
-            ("mps", "leave it out, or set use_cpu: true") if device == "mps" else ("Windows", "leave it out")
-        )
+            found.append(Problem(autocast, what, why, f"leave {autocast} out, or take a base whose files are {other}"))
+    if device == "mps" or sys.platform == "win32":
+        where = "mps" if device == "mps" else "Windows"
         why = "weights are mapped from their files, on Linux and macOS, for a CPU or a CUDA GPU"
-        found.append(Problem("stream_weights", f"stream_weights does not work on {where}", why, instead))
+        fix = "leave it out, or set use_cpu: true" if device == "mps" else "leave it out"
+        found.append(Problem(key, f"stream_weights does not work on {where}", why, fix))
+    return found
+
+
+def device_problems(training: TrainingConfig, device: str) -> list[Problem]:
+    """What the device does not do."""
+    found = []
     if training.offload_activations == "ram" and device == "cpu":
         found.append(
             Problem("offload_activations", "activations are in RAM already", "the run is planned on the CPU",

@@ -18,7 +18,7 @@ from ..planning import effective_max_length
 from ..planning_hooks import PlanningHooks
 from ..quantization.planning import planned_bits, quantized_cost
 from ..settling import check_adapter, settle
-from ..training_checks import device_problems, layer_problems, length_problems
+from ..training_checks import device_problems, layer_problems, length_problems, streaming_problems
 from ..training_config import TrainingConfig
 from .memory_model import Held, Step
 from .row_lengths import RowLengths
@@ -98,8 +98,9 @@ class Forecaster:
         bits = planned_bits(
             quantization, self.config.base_dir, hooks, facts, settled.saved, device, self.dtype, problems
         )
-        found = length_problems(training, facts) + layer_problems(training, facts, quantization, self.dtype)
-        problems += [problem.at("training") for problem in found + device_problems(training, device, self.dtype)]
+        found = length_problems(training, facts) + layer_problems(training, facts) + device_problems(training, device)
+        found += streaming_problems(training, facts, quantization, device, self.dtype)
+        problems += [problem.at("training") for problem in found]
         self.config.refuse(problems)
         self._adapter = hooks.adapter(self.config.adapter.type)
         targets = self._adapter.adapter_targets(config=self.config.adapter, model=facts)
